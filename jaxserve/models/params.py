@@ -1,0 +1,34 @@
+"""ParamInfo: the abstract form of one parameter, before any byte of it exists.
+
+The decoder declares its parameters once; `abstract_params` in `models/decoder` reads shapes, dtypes and logical axes off that
+declaration. The loader, the random initialiser and ahead-of-time compilation all work from the same dictionary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParamInfo:
+    """Shape, dtype and logical axes of one parameter.
+
+    Attributes:
+        shape: Global shape.
+        dtype: Element type it is served in.
+        axes: One logical axis name (see `sharding/rules`) a dimension; None is never sharded.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str | None, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole parameter over all devices."""
+        size = self.dtype.itemsize
+        for dim in self.shape:
+            size *= dim
+        return size

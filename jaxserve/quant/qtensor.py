@@ -1,0 +1,55 @@
+"""Int8 weights: values with one float32 scale per output channel, and the matmul that uses them.
+
+Weights are quantised once, on the host, while they are loaded. Activations are quantised on the device, one scale a row, so
+that the product runs as an integer matmul; the scales are multiplied back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8
+from numpy.typing import NDArray
+
+INT8_MAX = 127.0
+
+
+def quantize_channels(
+    array: NDArray[np.floating], contracted: Sequence[int]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric absmax quantisation with one scale per output channel.
+
+    Args:
+        array: Weights of any shape.
+        contracted: Dimensions that the matmul sums over; they share a scale.
+
+    Returns:
+        Int8 values of the same shape, and float32 scales of the shape without the contracted dimensions. A channel of
+        zeros gets scale 1.
+    """
+    axes = tuple(contracted)
+    weights = np.asarray(array, np.float32)
+    absmax = np.max(np.abs(weights), axis=axes, keepdims=True)
+    scale = np.where(absmax > 0, absmax / np.float32(INT8_MAX), np.float32(1)).astype(np.float32)
+    values = np.rint(weights / scale).astype(np.int8)
+    return values, np.squeeze(scale, axis=axes)
+
+
+def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Array, "T 1"]]:
+    """Dynamic symmetric quantisation of activations, one scale a row."""
+    x32 = x.astype(jnp.float32)
+    absmax = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
+    scale = jnp.maximum(absmax, jnp.float32(1e-12)) * jnp.float32(1.0 / INT8_MAX)
+    return jnp.round(x32 / scale).astype(jnp.int8), scale
+
+
+def int8_matmul(
+    x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, "O"]
+) -> Float[Array, "T O"]:
+    """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32."""
+    rows, row_scale = quantize_rows(x)
+    total = jax.lax.dot_general(rows, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    return total.astype(jnp.float32) * row_scale * scale[None, :]

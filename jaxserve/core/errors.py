@@ -61,6 +61,20 @@ class PayloadTooLargeError(InvalidRequestError):
     http_status = 413
 
 
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The request body is not of a content type that the server reads."""
+
+    http_status = 415
+
+
+class DeadlineError(JaxserveError):
+    """The request took longer than the server allows and was ended."""
+
+    http_status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
+    kind = "timeout_error"
+
+
 class QueueFullError(JaxserveError):
     """The waiting queue is at its bound; the client should come back later.
 

@@ -134,6 +134,8 @@ class TokenEvent:
         finish_reason: Set on the sequence's last event.
         stop_token_id: The token that caused FinishReason.STOP, or None if it was not a token.
         error: A sentence for the user when finish_reason is ERROR.
+        queue_s: Seconds the sequence waited for its first step; set on its first event that has tokens.
+        prefill_s: Seconds from its first step to its first token; set with queue_s.
     """
 
     request_id: str
@@ -145,6 +147,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

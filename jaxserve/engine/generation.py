@@ -34,6 +34,8 @@ class TextEvent:
         finish_reason: Set on the sequence's last event.
         stop_reason: The stop string that ended the sequence, or the token if it is one of the request's stop_token_ids.
         error: A sentence for the user when finish_reason is ERROR.
+        queue_s: As in `TokenEvent`.
+        prefill_s: As in `TokenEvent`.
     """
 
     index: int
@@ -45,6 +47,8 @@ class TextEvent:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 @runtime_checkable
@@ -105,6 +109,8 @@ def _text_event(
         finish_reason=reason,
         stop_reason=stop,
         error=event.error if reason is FinishReason.ERROR else None,
+        queue_s=event.queue_s,
+        prefill_s=event.prefill_s,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jinja2
 
@@ -101,7 +100,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise InvalidRequestError(f"The chat template is not valid Jinja: {_sentence(error)}") from error
 
-    def _render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    def _render(self, template: jinja2.Template, variables: Mapping[str, object]) -> str:
         with self._lock:
             try:
                 return self._environment.render_chat(template, variables)
@@ -120,7 +119,7 @@ def _sentence(error: BaseException) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _plain_message(message: object, index: int) -> dict[str, Any]:
+def _plain_message(message: object, index: int) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"messages[{index}] must be an object with role and content.", param="messages")
     plain = _plain(message, "messages")
@@ -128,7 +127,7 @@ def _plain_message(message: object, index: int) -> dict[str, Any]:
     return plain
 
 
-def _plain(value: object, param: str) -> Any:
+def _plain(value: object, param: str) -> object:
     """A copy of a value in JSON's own types, so that templates see no methods but those of str, list and dict."""
     match value:
         case None | bool():
@@ -149,13 +148,13 @@ def _plain(value: object, param: str) -> Any:
             )
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+def _with_reasoning(message: dict[str, object]) -> dict[str, object]:
     """Reasoning under every name templates read it by, as transformers does."""
     reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _open_final_message(chat: list[dict[str, Any]]) -> str:
+def _open_final_message(chat: list[dict[str, object]]) -> str:
     """Puts the tag behind the last message's text and returns that text."""
     content = chat[-1].get("content") if chat else None
     if isinstance(content, str):

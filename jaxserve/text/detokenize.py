@@ -45,7 +45,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"".join(pieces))
 
     def flush(self) -> str:
-        """Returns what the sequence's end leaves undecided: U+FFFD for the bytes of an unfinished character, or nothing."""
+        """Returns what the sequence's end leaves: U+FFFD for the bytes of an unfinished character, or nothing."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text

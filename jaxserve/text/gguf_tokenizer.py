@@ -49,7 +49,10 @@ class PreTokenizer:
 
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT2 = PreTokenizer(patterns=(_GPT2_WORDS,))
 _SINGLE_DIGITS = PreTokenizer(patterns=(r"\p{N}", _GPT2_WORDS))
 _LLAMA3 = PreTokenizer(patterns=(_CL100K_WORDS.format(digits=r"\p{N}{1,3}"),), ignore_merges=True, adds_bos=True)
@@ -113,8 +116,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, object], *, eos_token_ids: Sequen
                 backend, adds_bos = _sentence_piece(fields, tokens, types), True
             case _:
                 raise CheckpointError(
-                    f"The GGUF file's tokenizer.ggml.model is {model!r}; supported are 'gpt2' (byte-level BPE) and 'llama' "
-                    "(SentencePiece BPE)."
+                    f"The GGUF file's tokenizer.ggml.model is {model!r}; supported are 'gpt2' (byte-level BPE) "
+                    "and 'llama' (SentencePiece BPE)."
                 )
     except CheckpointError:
         raise

@@ -16,14 +16,14 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import wraps
-from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -33,14 +33,14 @@ MAX_TEXT = 1 << 25
 MAX_INTEGER_BITS = 1024
 """Most bits of an integer a template may compute."""
 
-_LONG_WIDTH = re.compile(r"%[^a-zA-Z%]*\d{5}|%[^a-zA-Z%]*\*|:[^}]*\d{5}|\{[^}]*\{")
+_LONG_WIDTH = re.compile(r"%(\([^)]*\))?[-+ #0\d.]*(\d{5}|\*)|\{[^{}]*:[^{}]*\d{5}|\{[^{}]*\{")
 _WIDTH_FILTERS = frozenset({"center", "indent", "wordwrap", "truncate", "batch", "slice", "tojson"})
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is only its content."""
+    """`{% generation %}` blocks mark what the model wrote, for training; here a block is only its content."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as an instance variable
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -50,12 +50,12 @@ class _Generation(Extension):
 class _BudgetTransformer(NodeTransformer):
     """Passes what loops run over and what `~` joins through the environment's checks."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - named by Jinja
         self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "_budgeted", [], [], None, None, lineno=node.lineno)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - named by Jinja
         self.generic_visit(node)
         pieces = nodes.List(node.nodes, "load", lineno=node.lineno)
         return nodes.Filter(pieces, "join", [], [], None, None, lineno=node.lineno)
@@ -64,13 +64,13 @@ class _BudgetTransformer(NodeTransformer):
 class _SafeNamespace(Namespace):
     """A namespace that holds no underscored names, which lead into Python's internals."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        attributes: dict[str, Any] = dict(*args, **kwargs)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        attributes: dict[str, object] = dict(*args, **kwargs)
         for name in attributes:
             self._check(name)
         super().__init__(attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         self._check(name)
         super().__setitem__(name, value)
 
@@ -120,7 +120,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         tree = _BudgetTransformer().visit(self.parse(source))
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
-    def render_chat(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    def render_chat(self, template: jinja2.Template, variables: Mapping[str, object]) -> str:
         """Renders a template within the bounds.
 
         Args:
@@ -137,14 +137,22 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         finally:
             self._deadline = math.inf
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - Jinja's signature
+    # The names keep keyword arguments of the template apart from these, as in Jinja.
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
         """Calls something from a template: a global, a macro or a method."""
         __self._check_deadline()
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
             args = _check_text_method(__obj.__self__, __obj.__name__, args)
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
+        """Looks at the pattern of `str.format` when a template takes that method."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and isinstance(value, types.BuiltinMethodType):
+            _check_format(str(value.__self__))
+        return wrapped
+
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """Computes `left operator right` after estimating how large the result is."""
         self._check_deadline()
         match operator:
@@ -152,10 +160,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
                 for factor, other in ((left, right), (right, left)):
                     if isinstance(factor, int) and isinstance(other, (str, list, tuple)):
                         _check_size(len(other) * factor)
-            case "**":
-                if not (abs(right) <= MAX_INTEGER_BITS and abs(left) <= 2**MAX_INTEGER_BITS):
-                    raise SecurityError("a power is too large")
-                if isinstance(left, int) and left.bit_length() * abs(right) > MAX_INTEGER_BITS:
+            case "**" if isinstance(left, int) and isinstance(right, int):
+                if left.bit_length() * abs(right) > MAX_INTEGER_BITS:
                     raise SecurityError("a power is too large")
             case "%" if isinstance(left, str):
                 _check_format(left)
@@ -165,17 +171,17 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if time.monotonic() > self._deadline:
             raise SecurityError(f"rendering takes longer than {self._timeout_s:g} s")
 
-    def _count_output(self, value: Any) -> Any:
+    def _count_output(self, value: object) -> object:
         self._num_written += len(value) if isinstance(value, str) else 1
         _check_size(self._num_written)
         return value
 
-    def _budgeted(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _budgeted(self, items: Iterable[object]) -> Iterator[object]:
         for item in items:
             self._check_deadline()
             yield item
 
-    def _join(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    def _join(self, value: Iterable[object], d: str = "", attribute: str | int | None = None) -> str:
         """Jinja's `join`, counting while it goes."""
         pieces: list[str] = []
         size = 0
@@ -186,9 +192,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             pieces.append(piece)
         return str(d).join(pieces)
 
-    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _guarded(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
         @wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
+        def guarded(*args: object, **kwargs: object) -> object:
             self._check_deadline()
             texts = [arg for arg in args if isinstance(arg, str)]
             if name in _WIDTH_FILTERS:
@@ -209,7 +215,7 @@ def _check_size(size: int) -> None:
         raise SecurityError(f"a value or the output grows past {MAX_TEXT} characters")
 
 
-def _checked(value: Any) -> Any:
+def _checked(value: object) -> object:
     if isinstance(value, (str, list, tuple)):
         _check_size(len(value))
     elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
@@ -222,26 +228,24 @@ def _check_format(pattern: str) -> None:
         raise SecurityError("a format asks for too wide a field")
 
 
-def _check_text_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _check_text_method(text: str, name: str, args: tuple[object, ...]) -> tuple[object, ...]:
     """Estimates what a method of `str` would make; returns its arguments, of which it may have had to look at."""
     match name, args:
         case "replace", (str(old), str(new), *_):
             _check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-        case "join", (items,):
+        case "join", (Iterable() as items,):
             pieces = list(items)
             _check_size(sum(len(piece) + len(text) for piece in pieces if isinstance(piece, str)))
             return (pieces,)
         case (("center" | "ljust" | "rjust" | "zfill" | "expandtabs"), (int(width), *_)):
             _check_size(width * (1 + (text.count("\t") if name == "expandtabs" else 0)))
-        case (("format" | "format_map"), _):
-            _check_format(text)
         case "translate", _:
             raise SecurityError("str.translate is not available")
     return args
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -261,6 +265,8 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+def _make_dict(
+    entries: Mapping[str, object] | Iterable[tuple[str, object]] = (), **kwargs: object
+) -> dict[str, object]:
     """`dict` as a function, so that templates do not get hold of the class."""
-    return dict(*args, **kwargs)
+    return dict(entries, **kwargs)

@@ -113,6 +113,6 @@ def _apply_step(decoder: TokenDecoder, step: Mapping[str, object]) -> TokenDecod
             return replace(decoder, replacements=(*decoder.replacements, (mark, " ")), strip_first_token=strips)
         case _:
             raise CheckpointError(
-                f"tokenizer.json uses the decoder {step.get('type')!r} in a way that is not supported; supported are ByteLevel, "
-                "Metaspace, and sequences of Replace, ByteFallback, Fuse and a left Strip."
+                f"tokenizer.json uses the decoder {step.get('type')!r} in a way that is not supported; supported "
+                "are ByteLevel, Metaspace, and sequences of Replace, ByteFallback, Fuse and a left Strip."
             )

@@ -149,8 +149,8 @@ class BackendTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
-                f"The text has an unpaired surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, which no "
-                "Unicode text may have."
+                f"The text has an unpaired surrogate (U+{ord(text[error.start]):04X}) at character "
+                f"{error.start}, which no Unicode text may have."
             ) from error
         prefix, suffix = self.facts.prefix_ids, self.facts.suffix_ids
         if not add_special_tokens or prefix is not None or suffix is not None:
@@ -265,13 +265,13 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, obje
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != token_id:
             raise CheckpointError(
-                f"tokenizer_config.json gives the token {token.content!r} the id {token_id}, but tokenizer.json makes it "
-                f"{backend.token_to_id(token.content)}."
+                f"tokenizer_config.json gives the token {token.content!r} the id {token_id}, but "
+                f"tokenizer.json makes it {backend.token_to_id(token.content)}."
             )
 
 
 def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
-    """Makes role tokens that stand in the plain vocabulary special, so that they are found in text and skipped in output."""
+    """Makes role tokens of the plain vocabulary special, so that they are found in text and skipped in output."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     for text in texts:
         if text not in special and backend.token_to_id(text) is not None:

@@ -1,0 +1,80 @@
+"""Which implementation of an op runs: the one that was chosen, or the best one that can.
+
+An op is a folder with one implementation a backend, all of one signature. A backend that lacks something raises
+`NotImplementedError` while it is traced, before anything has run. If the caller chose the backend, that error is the
+caller's; if not, the platform's next backend takes over and one line is logged. No backend ever ignores an argument.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
+
+import jax
+
+from jaxserve.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Backend(enum.StrEnum):
+    """How an op is implemented.
+
+    REFERENCE is the plainest possible oracle; XLA is efficient pure JAX; TPU and GPU are Pallas kernels (Mosaic and
+    Mosaic GPU).
+    """
+
+    REFERENCE = "reference"
+    XLA = "xla"
+    TPU = "tpu"
+    GPU = "gpu"
+
+
+def preference(platform: str) -> tuple[Backend, ...]:
+    """Backends that can run on a platform, fastest first.
+
+    Args:
+        platform: JAX's name of it: "cpu", "tpu", "gpu" or another.
+    """
+    kernels = {"tpu": (Backend.TPU,), "gpu": (Backend.GPU,)}.get(platform, ())
+    return (*kernels, Backend.XLA, Backend.REFERENCE)
+
+
+def select(
+    op: str, backends: Mapping[Backend, Callable[P, R]], chosen: Backend | None = None, platform: str | None = None
+) -> Callable[P, R]:
+    """The function to call for an op.
+
+    Args:
+        op: Name of the op, for messages.
+        backends: Implementations there are, all of one signature.
+        chosen: The one to use; None takes the platform's best one that does not raise NotImplementedError.
+        platform: Where the op will run; JAX's default backend if None.
+
+    Raises:
+        ConfigError: The op has no such backend.
+    """
+    if chosen is not None:
+        if chosen not in backends:
+            names = ", ".join(backends)
+            raise ConfigError(f"{op} has no backend {chosen}; it has {names}.", param="backend")
+        return backends[chosen]
+    candidates = [b for b in preference(platform or jax.default_backend()) if b in backends]
+    if not candidates:
+        raise ConfigError(f"{op} has no backend for {platform or jax.default_backend()}.", param="backend")
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for backend, following in itertools.pairwise(candidates):
+            try:
+                return backends[backend](*args, **kwargs)
+            except NotImplementedError as error:
+                logger.warning("%s: backend %s cannot do this (%s); using %s", op, backend, error, following)
+        return backends[candidates[-1]](*args, **kwargs)
+
+    return call

@@ -1,0 +1,1 @@
+"""The HTTP API of OpenAI on top of any `Engine`."""

@@ -1,0 +1,30 @@
+"""What the HTTP app is told when it is made; nothing else configures it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppConfig:
+    """Settings of the OpenAI app.
+
+    Attributes:
+        served_model_names: Names a request may call the model by, at least one; answers use the one the request used.
+        version: The server's version, shown by `/version`.
+        api_keys: Keys of which a request must bring one; none means that no key is asked for.
+        max_body_bytes: Largest request body.
+        max_n: Most sequences a prompt may ask for, by `n` or `best_of`.
+        max_prompts: Most prompts a request may bring.
+        max_sequences: Most sequences a request may ask for over all its prompts.
+        request_timeout_s: Seconds after which a request is ended with an error; None means never.
+    """
+
+    served_model_names: tuple[str, ...]
+    version: str = "0"
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 16 * 2**20
+    max_n: int = 128
+    max_prompts: int = 1024
+    max_sequences: int = 2048
+    request_timeout_s: float | None = None

@@ -1,0 +1,142 @@
+"""What happens to every HTTP request before and after its route: id, key, size, log line.
+
+Three plain ASGI layers, outermost first: `RequestContext` gives the request its id, writes the access line and answers
+for exceptions nobody foresaw; `ApiKey` asks for a key; `BodyLimit` refuses bodies that are too large before or while
+they are read. None of them buffers anything, and streams pass through untouched.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxserve.core.errors import AuthenticationError, PayloadTooLargeError
+from jaxserve.server.openai.errors import error_response, internal_error
+from jaxserve.telemetry.logging import REQUEST_ID
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+"""Paths that ask for no key: probes and scrapers have none."""
+
+_LOG = logging.getLogger("jaxserve.access")
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RequestContext:
+    """Gives each request an id, and its response the same one.
+
+    Args:
+        app: The next layer.
+        on_response: Called with the status of each response as it begins.
+    """
+
+    def __init__(self, app: ASGIApp, *, on_response: Callable[[int], None]) -> None:
+        self._app = app
+        self._on_response = on_response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        token = REQUEST_ID.set(request_id)
+        start_s = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._on_response(status)
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            _LOG.exception("%s %s failed", scope["method"], scope["path"])
+            if not status:
+                await error_response(internal_error())(scope, receive, send_with_id)
+        finally:
+            level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+            seconds = time.monotonic() - start_s
+            _LOG.log(level, "%s %s %d in %.3f s", scope["method"], scope["path"], status, seconds)
+            REQUEST_ID.reset(token)
+
+
+class ApiKey:
+    """Lets only requests with a key through, except to the open paths.
+
+    Args:
+        app: The next layer.
+        keys: The keys, at least one.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_key(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = AuthenticationError("The API key is missing or wrong; send it as `Authorization: Bearer KEY`.")
+        await error_response(error, headers={"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        # Every key is compared, each in constant time, so that timing says nothing about any of them.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large: by their declared length at once, otherwise when they pass the limit.
+
+    Args:
+        app: The next layer.
+        max_bytes: Largest body.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await error_response(self._error())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_bytes:
+                    raise self._error()
+            return message
+
+        await self._app(scope, receive_within_limit, send)
+
+    def _error(self) -> PayloadTooLargeError:
+        return PayloadTooLargeError(f"The body is larger than the {self._max_bytes} bytes allowed.", param="body")
+
+
+def _request_id(given: str | None) -> str:
+    """The client's id if it is short and printable, so that it cannot forge log lines or headers."""
+    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

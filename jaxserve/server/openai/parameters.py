@@ -1,0 +1,204 @@
+"""The one table of every request parameter: applied and how, or refused and why.
+
+`refuse_unsupported` reads it for each request, `docs/parameters.md` is generated from it (`write_docs`), and the tests
+compare it with the request models, with OpenAI's own client and with what requests do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxserve.core.errors import InvalidRequestError
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+TOKENIZE = "/tokenize"
+DETOKENIZE = "/detokenize"
+ENDPOINTS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE)
+GENERATION = (CHAT, COMPLETIONS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One parameter of one or more endpoints.
+
+    Attributes:
+        name: The field's name.
+        endpoints: Where it may stand.
+        applied: Whether it has an effect; otherwise it is refused with a 400.
+        note: What it does, or why it is refused; a sentence without its full stop.
+        no_op: Values of a refused parameter that ask for nothing, so they are let through; null always is one.
+    """
+
+    name: str
+    endpoints: tuple[str, ...]
+    applied: bool
+    note: str
+    no_op: tuple[object, ...] = ()
+
+
+def _applied(name: str, endpoints: tuple[str, ...], note: str) -> Parameter:
+    return Parameter(name=name, endpoints=endpoints, applied=True, note=note)
+
+
+def _refused(name: str, endpoints: tuple[str, ...], note: str, *no_op: object) -> Parameter:
+    return Parameter(name=name, endpoints=endpoints, applied=False, note=note, no_op=no_op)
+
+
+_INPUT = (
+    _applied("model", ENDPOINTS, "One of the served names; another is a 404. Required where tokens are generated"),
+    _applied("messages", (CHAT, TOKENIZE), "Rendered by the model's chat template; text content only"),
+    _applied(
+        "prompt", (COMPLETIONS, TOKENIZE), "Text, texts, token ids or lists of token ids; /tokenize takes one text"
+    ),
+    _applied("tokens", (DETOKENIZE,), "Token ids to turn into text, control tokens included"),
+    _applied("add_special_tokens", (*GENERATION, TOKENIZE), "Add what the tokenizer puts around a prompt; default "
+             "true for prompts and false for messages, whose template writes it"),
+    _applied("add_generation_prompt", (CHAT, TOKENIZE), "End the prompt with the opening of an assistant message; "
+             "default true"),
+    _applied("continue_final_message", (CHAT, TOKENIZE), "Leave the last message open for the model to continue; needs "
+             "add_generation_prompt false"),
+    _applied("chat_template_kwargs", (CHAT, TOKENIZE), "Variables for the chat template"),
+    _applied("truncate_prompt_tokens", GENERATION, "Keep only the last k tokens of the prompt; -1: as many as fit "
+             "beside max_tokens"),
+    _applied("return_token_strs", (TOKENIZE,), "Also answer with each token's text"),
+)  # fmt: skip
+
+_SAMPLING = (
+    _applied("temperature", GENERATION, "0 is greedy; 0 to 2, default 1"),
+    _applied("top_p", GENERATION, "In (0, 1], default 1"),
+    _applied("top_k", GENERATION, "0 or -1 keeps all tokens, the default"),
+    _applied("min_p", GENERATION, "In [0, 1], default 0"),
+    _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens"),
+    _applied("presence_penalty", GENERATION, "In [-2, 2], default 0"),
+    _applied("frequency_penalty", GENERATION, "In [-2, 2], default 0"),
+    _applied("repetition_penalty", GENERATION, "In (0, 100], default 1"),
+    _applied("logit_bias", GENERATION, "Token id (as a string) to a value in [-100, 100]"),
+    _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled"),
+    _applied("bad_words", GENERATION, "Texts that are not generated, with and without a leading space"),
+)
+
+_LENGTH = (
+    _applied("max_tokens", GENERATION, "Chat: until the context is full by default. Completions: 16 by default; 0 with "
+             "echo only scores the prompt"),
+    _applied("max_completion_tokens", (CHAT,), "The new name of max_tokens; both may stand only if equal"),
+    _applied("min_tokens", GENERATION, "No end of sequence, stop token or stop string before this many tokens"),
+    _applied("stop", GENERATION, "A text or a list of up to 64; found across token borders"),
+    _applied("stop_token_ids", GENERATION, "Tokens that end a sequence"),
+    _applied("ignore_eos", GENERATION, "Go on past the model's end-of-sequence tokens"),
+    _applied("include_stop_str_in_output", GENERATION, "Keep the stop string in the text"),
+    _applied("skip_special_tokens", GENERATION, "Leave control tokens out of the text; default true"),
+)  # fmt: skip
+
+_OUTPUT = (
+    _applied("n", GENERATION, "Sequences a prompt; bounded by the server"),
+    _applied("best_of", (COMPLETIONS,), "Generate this many and answer with the n of highest mean log-probability; not "
+             "with stream"),
+    _applied("stream", GENERATION, "Answer as server-sent events"),
+    _applied("stream_options", GENERATION, "include_usage, continuous_usage_stats; include_obfuscation only false"),
+    _applied("echo", GENERATION, "Completions: the prompt precedes the text, and its log-probabilities theirs. Chat: "
+             "the last message precedes the content if it is the assistant's"),
+    _applied("logprobs", GENERATION, "Chat: true or false. Completions: how many alternatives a token, 0 to 20"),
+    _applied("top_logprobs", (CHAT,), "Alternatives a token, 0 to 20; needs logprobs"),
+    _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream"),
+    _applied("return_token_ids", GENERATION, "Puts token_ids and prompt_token_ids into each choice"),
+)  # fmt: skip
+
+_SERVICE = (
+    _applied("priority", GENERATION, "Lower runs first; default 0"),
+    _applied("cache_salt", GENERATION, "Prefix-cache pages are shared only between requests of the same salt"),
+    _applied("user", GENERATION, "Written to the request's log line and span"),
+    _applied("safety_identifier", (CHAT,), "Written to the request's log line and span in place of user"),
+)
+
+_NOT_BUILT = (
+    _refused("tools", (CHAT, TOKENIZE), "Tool calls are not parsed out of the output", []),
+    _refused("tool_choice", (CHAT,), "Tool calls are not parsed out of the output", "none"),
+    _refused("parallel_tool_calls", (CHAT,), "Tool calls are not parsed out of the output", True),
+    _refused("functions", (CHAT,), "Replaced by tools, which are not parsed out of the output", []),
+    _refused("function_call", (CHAT,), "Replaced by tools, which are not parsed out of the output", "none"),
+    _refused("response_format", GENERATION, "Output cannot be constrained to a format", {"type": "text"}),
+    _refused("structured_outputs", GENERATION, "Output cannot be constrained to a grammar"),
+    _refused("kv_transfer_params", GENERATION, "This server does not exchange KV pages with others"),
+    _refused("suffix", (COMPLETIONS,), "The model does not fill in the middle of a text"),
+    _refused("audio", (CHAT,), "The model does not speak"),
+    _refused("modalities", (CHAT,), "The model answers with text only", ["text"]),
+    _refused("prediction", (CHAT,), "Predicted output is not used to speed up generation"),
+    _refused("reasoning_effort", (CHAT,), "Use chat_template_kwargs if the model's template has such a switch"),
+    _refused("verbosity", (CHAT,), "The model has no such switch; ask for it in a message"),
+    _refused("web_search_options", (CHAT,), "The server does not search the web"),
+    _refused("moderation", (CHAT,), "The server does not moderate"),
+    _refused("metadata", (CHAT,), "Answers are not stored, so nothing could carry metadata", {}),
+    _refused("store", (CHAT,), "Answers are not stored", False),
+    _refused("service_tier", (CHAT,), "There is one tier; use priority", "auto", "default"),
+    _refused("prompt_cache_key", (CHAT,), "Prefixes are found by content; use cache_salt to keep users apart"),
+    _refused("prompt_cache_options", (CHAT,), "The prefix cache has no options a request could set"),
+    _refused("prompt_cache_retention", (CHAT,), "The prefix cache keeps pages as long as memory allows"),
+    _refused("chat_template", (CHAT, TOKENIZE), "A template is code; only the model's own is run"),
+)
+
+PARAMETERS = (*_INPUT, *_SAMPLING, *_LENGTH, *_OUTPUT, *_SERVICE, *_NOT_BUILT)
+
+_REFUSED: Mapping[tuple[str, str], Parameter] = {
+    (endpoint, parameter.name): parameter
+    for parameter in PARAMETERS
+    if not parameter.applied
+    for endpoint in parameter.endpoints
+}
+
+
+def refuse_unsupported(endpoint: str, extras: Mapping[str, Any] | None) -> None:
+    """Judges the fields of a body that its model does not declare.
+
+    Args:
+        endpoint: The route, such as `CHAT`.
+        extras: Field names and their values.
+
+    Raises:
+        InvalidRequestError: A field is unknown, or asks for something that is not built.
+    """
+    for name, value in (extras or {}).items():
+        parameter = _REFUSED.get((endpoint, name))
+        if parameter is None:
+            raise InvalidRequestError(f"{name} is not a known field of {endpoint}; remove it.", param=name)
+        if value is None or any(type(value) is type(no_op) and value == no_op for no_op in parameter.no_op):
+            continue
+        raise InvalidRequestError(f"{name} is not supported. {parameter.note}.", param=name)
+
+
+def markdown() -> str:
+    """The page `docs/parameters.md`."""
+    lines = [
+        "# Request parameters",
+        "",
+        "Generated from `jaxserve/server/openai/parameters.py`; `make docs` or "
+        "`python -m jaxserve.server.openai.parameters docs/parameters.md` writes it anew.",
+        "",
+        "Every parameter is applied, or refused with a 400 that names it. A refused one is let through if it is null "
+        "or has a value listed beside it. Unknown fields are refused. `null` always means the default.",
+    ]
+    for endpoint in ENDPOINTS:
+        lines += ["", f"## `POST {endpoint}`", "", "| parameter | | what it does, or why not |", "|---|---|---|"]
+        lines += [_row(parameter) for parameter in PARAMETERS if endpoint in parameter.endpoints]
+    return "\n".join(lines) + "\n"
+
+
+def write_docs(path: Path) -> None:
+    """Writes the page."""
+    path.write_text(markdown(), encoding="utf-8")
+
+
+def _row(parameter: Parameter) -> str:
+    allowed = ", ".join(f"`{json.dumps(value)}`" for value in parameter.no_op)
+    status = "applied" if parameter.applied else "refused"
+    note = f"{parameter.note}." + (f" Let through: {allowed}." if allowed else "")
+    return f"| `{parameter.name}` | {status} | {note} |"
+
+
+if __name__ == "__main__":
+    write_docs(Path(sys.argv[1]))

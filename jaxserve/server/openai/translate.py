@@ -1,0 +1,333 @@
+"""Request bodies to engine requests: text to ids, names and defaults of the API to those of `core.types`.
+
+`Translator` holds what all requests share (tokenizer, chat template, limits). A body becomes a `Generation`: the engine
+requests to submit, one a prompt, and what the answer is to show. Nothing here waits or touches the network, so large
+bodies can be translated in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from jaxserve.core.errors import InvalidRequestError, NotFoundError
+from jaxserve.core.types import Request, SamplingParams
+from jaxserve.engine.api import EngineInfo
+from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.conversation import content_text, render_conversation
+from jaxserve.server.openai.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Prompt,
+    StreamOptions,
+    TokenizeBody,
+)
+from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of max_tokens for text completions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """A body as engine requests, and what its answer shows.
+
+    Attributes:
+        response_id: The answer's id.
+        model: The name the request called the model by.
+        requests: One a prompt.
+        echoes: The text to put before each prompt's sequences; empty without `echo`.
+        num_choices: Choices a prompt gets in the answer; fewer than the engine generates if `best_of` is larger.
+        stream: Answer as server-sent events.
+        include_usage: Send the usage as the last event of a stream.
+        continuous_usage: Send the usage so far with every event.
+        logprobs: Alternatives to show for each token; None shows no log-probabilities.
+        echo_logprobs: Show those of the prompt before them.
+        prompt_logprobs: Alternatives to show for each prompt token, in vLLM's form.
+        return_token_ids: Show token ids.
+        drop_output: Only the prompt was to be scored; what was generated is not shown.
+        end_user: Whom the client says it acts for.
+    """
+
+    response_id: str
+    model: str
+    requests: tuple[Request, ...]
+    echoes: tuple[str, ...]
+    num_choices: int
+    stream: bool
+    include_usage: bool = False
+    continuous_usage: bool = False
+    logprobs: int | None = None
+    echo_logprobs: bool = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    drop_output: bool = False
+    end_user: str | None = None
+
+
+class Translator:
+    """Turns bodies into generations.
+
+    Args:
+        tokenizer: The model's.
+        chat_template: The model's; None refuses messages.
+        config: Names and limits.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None, config: AppConfig) -> None:
+        self.tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._config = config
+
+    def check_model(self, model: str) -> None:
+        """Raises NotFoundError unless the model is served under this name."""
+        if model not in self._config.served_model_names:
+            served = ", ".join(self._config.served_model_names)
+            raise NotFoundError(f"The model {model[:200]!r} is not served here; use one of: {served}.", param="model")
+
+    def chat(self, body: ChatBody, info: EngineInfo, response_id: str) -> Generation:
+        """The generation a chat completion asks for.
+
+        Raises:
+            InvalidRequestError: Fields contradict each other, or the template refuses the messages.
+            NotFoundError: The model is not served.
+        """
+        self.check_model(body.model)
+        if body.max_tokens == 0:
+            raise InvalidRequestError("max_tokens must be at least 1.", param="max_tokens")
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens differ; give only max_completion_tokens.", param="max_tokens"
+            )
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = replace(
+            self._sampling(body, info),
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=num_logprobs,
+        )
+        last = body.messages[-1]
+        echo = content_text(last) if body.echo and last.role == "assistant" else ""
+        prompt = self._truncated(body, self.chat_prompt(body), sampling, info)
+        return self._generation(
+            body, response_id, sampling, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
+        )
+
+    def completion(self, body: CompletionBody, info: EngineInfo, response_id: str) -> Generation:
+        """The generation a text completion asks for.
+
+        Raises:
+            InvalidRequestError: Fields contradict each other, or there are too many prompts.
+            NotFoundError: The model is not served.
+        """
+        self.check_model(body.model)
+        num_sequences = self._num_sequences(body)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
+            raise InvalidRequestError("max_tokens 0 needs echo; otherwise give at least 1.", param="max_tokens")
+        ranks = num_sequences > (body.n or 1)
+        prompt_logprobs = [k for k in (body.prompt_logprobs, body.logprobs if body.echo else None) if k is not None]
+        sampling = replace(
+            self._sampling(body, info),
+            max_tokens=max(1, max_tokens),
+            logprobs=0 if ranks and body.logprobs is None else body.logprobs,
+            prompt_logprobs=max(prompt_logprobs, default=None),
+        )
+        prompts = [self._truncated(body, self._completion_ids(body, p), sampling, info) for p in body.prompt]
+        echoes = tuple(self._echo(body, given, ids) for given, ids in zip(body.prompt, prompts, strict=True))
+        generation = self._generation(
+            body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
+        )
+        return replace(
+            generation,
+            logprobs=body.logprobs,
+            echo_logprobs=bool(body.echo) and body.logprobs is not None,
+            drop_output=max_tokens == 0,
+        )
+
+    def chat_prompt(self, body: ChatBody | TokenizeBody) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            InvalidRequestError: The model has no chat template, or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequestError("The model has no chat template; use /v1/completions.", param="messages")
+        text = render_conversation(
+            self._chat_template,
+            body.messages or (),
+            body.chat_template_kwargs or {},
+            add_generation_prompt=_or(body.add_generation_prompt, True),
+            continue_final_message=bool(body.continue_final_message),
+        )
+        return self._encode(text, param="messages", add_special_tokens=bool(body.add_special_tokens))
+
+    def _encode(self, text: str, *, param: str, add_special_tokens: bool) -> list[int]:
+        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not token_ids:
+            raise InvalidRequestError(f"{param} is empty; give at least one token.", param=param)
+        return token_ids
+
+    def _completion_ids(self, body: CompletionBody, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._encode(prompt, param="prompt", add_special_tokens=_or(body.add_special_tokens, True))
+        return list(prompt)
+
+    def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int]) -> str:
+        if not body.echo:
+            return ""
+        if isinstance(given, str) and body.truncate_prompt_tokens is None:
+            return given
+        return self.tokenizer.decode(token_ids, skip_special_tokens=_or(body.skip_special_tokens, True))
+
+    def _num_sequences(self, body: CompletionBody) -> int:
+        """How many sequences a prompt gets, by `n` or `best_of`."""
+        num_choices = body.n or 1
+        if body.best_of is None:
+            return num_choices
+        if body.best_of < num_choices:
+            raise InvalidRequestError("best_of must be at least n.", param="best_of")
+        if body.best_of > num_choices and body.stream:
+            raise InvalidRequestError("best_of larger than n cannot be streamed.", param="best_of")
+        return body.best_of
+
+    def _truncated(
+        self, body: GenerationBody, token_ids: list[int], sampling: SamplingParams, info: EngineInfo
+    ) -> tuple[int, ...]:
+        if body.truncate_prompt_tokens is None:
+            return tuple(token_ids)
+        if body.truncate_prompt_tokens == 0:
+            raise InvalidRequestError(
+                "truncate_prompt_tokens must be at least 1, or -1 to keep what fits.", param="truncate_prompt_tokens"
+            )
+        num_kept = body.truncate_prompt_tokens
+        if num_kept < 0:
+            num_kept = max(1, info.max_model_len - (sampling.max_tokens or 1))
+        return tuple(token_ids[-num_kept:])
+
+    def _sampling(self, body: GenerationBody, info: EngineInfo) -> SamplingParams:
+        """What both endpoints understand alike; lengths and log-probabilities are theirs to add."""
+        defaults = SamplingParams()
+        return SamplingParams(
+            min_tokens=body.min_tokens or 0,
+            temperature=_or(body.temperature, defaults.temperature),
+            top_k=max(0, body.top_k or 0),
+            top_p=_or(body.top_p, defaults.top_p),
+            min_p=body.min_p or 0.0,
+            repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=_logit_bias(body.logit_bias or {}, info),
+            allowed_token_ids=_token_ids(body.allowed_token_ids, "allowed_token_ids", info),
+            bad_words=self._bad_words(body.bad_words or ()),
+            seed=body.seed,
+            stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            stop_token_ids=_token_ids(body.stop_token_ids, "stop_token_ids", info) or (),
+            ignore_eos=bool(body.ignore_eos),
+            include_stop_str_in_output=bool(body.include_stop_str_in_output),
+            skip_special_tokens=_or(body.skip_special_tokens, True),
+            prompt_logprobs=body.prompt_logprobs,
+        )
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is tokenised at the start of a text and inside one."""
+        bare = [word.lstrip() for word in words]
+        if not all(bare):
+            raise InvalidRequestError("bad_words must not hold blank texts.", param="bad_words")
+        spelled = [form for word in bare for form in (word, f" {word}")]
+        found = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in spelled)
+        return tuple(dict.fromkeys(ids for ids in found if ids))
+
+    def _generation(
+        self,
+        body: ChatBody | CompletionBody,
+        response_id: str,
+        sampling: SamplingParams,
+        *,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: tuple[str, ...],
+        num_sequences: int,
+    ) -> Generation:
+        self._check_limits(body, len(prompts), num_sequences)
+        options = _stream_options(body)
+        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+            raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
+        requests = tuple(
+            Request(
+                request_id=f"{response_id}-{i}",
+                prompt=prompt,
+                sampling=sampling,
+                n=num_sequences,
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt or "",
+            )
+            for i, prompt in enumerate(prompts)
+        )
+        safety_identifier = body.safety_identifier if isinstance(body, ChatBody) else None
+        return Generation(
+            response_id=response_id,
+            model=body.model,
+            requests=requests,
+            echoes=echoes,
+            num_choices=body.n or 1,
+            stream=bool(body.stream),
+            include_usage=bool(options.include_usage),
+            continuous_usage=bool(options.continuous_usage_stats),
+            logprobs=sampling.logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+            return_token_ids=bool(body.return_token_ids),
+            end_user=safety_identifier or body.user,
+        )
+
+    def _check_limits(self, body: GenerationBody, num_prompts: int, num_sequences: int) -> None:
+        config = self._config
+        param = "n" if num_sequences == (body.n or 1) else "best_of"
+        if num_sequences > config.max_n:
+            raise InvalidRequestError(f"{param} may be at most {config.max_n}.", param=param)
+        if num_prompts > config.max_prompts:
+            raise InvalidRequestError(f"prompt may hold at most {config.max_prompts} prompts.", param="prompt")
+        if num_prompts * num_sequences > config.max_sequences:
+            raise InvalidRequestError(
+                f"{num_prompts} prompts times {num_sequences} sequences are more than the {config.max_sequences} a "
+                "request may ask for.",
+                param=param,
+            )
+
+
+def _stream_options(body: GenerationBody) -> StreamOptions:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs cannot be streamed; use echo and logprobs.", param="prompt_logprobs")
+    return body.stream_options or StreamOptions()
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _logit_bias(bias: Mapping[str, float], info: EngineInfo) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for key, value in bias.items():
+        token_id = int(key) if key.isascii() and key.isdigit() and len(key) <= 10 else -1
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias has the key {key[:40]!r}, which is not a token id in [0, {info.vocab_size}).",
+                param="logit_bias",
+            )
+        found[token_id] = value
+    return found
+
+
+def _token_ids(token_ids: Sequence[int] | None, param: str, info: EngineInfo) -> tuple[int, ...] | None:
+    if token_ids is None:
+        return None
+    if any(token_id >= info.vocab_size for token_id in token_ids):
+        raise InvalidRequestError(f"{param} must be token ids in [0, {info.vocab_size}).", param=param)
+    return tuple(token_ids)

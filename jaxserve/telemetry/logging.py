@@ -1,0 +1,80 @@
+"""Log lines that carry the id of the request they were written for.
+
+The request id travels in a context variable, so every line logged while a request is handled has it, whoever logs. Only
+`cli` installs a handler; libraries and tests see plain `logging`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Any, TextIO
+
+REQUEST_ID: ContextVar[str] = ContextVar("jaxserve_request_id", default="-")
+"""Id of the request that the running task handles; "-" outside of requests."""
+
+_STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {
+    "request_id",
+    "message",
+    "asctime",
+    "color_message",
+}
+
+
+class RequestIdFilter(logging.Filter):
+    """Puts the request id into each record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Adds `request_id`; lets every record through."""
+        record.request_id = REQUEST_ID.get()
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """Lines for people: time, level, request id, logger, message, and a record's further facts as `key=value`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s [%(request_id)s] %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - named by logging
+        """The line without its traceback."""
+        extras = " ".join(f"{name}={value}" for name, value in _extras(record).items())
+        return f"{super().formatMessage(record)} {extras}".rstrip()
+
+
+class JsonFormatter(logging.Formatter):
+    """Lines for machines: one JSON object each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname,
+            "request_id": record.__dict__.get("request_id", "-"),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extras(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def install(*, level: str = "INFO", as_json: bool = False, stream: TextIO | None = None) -> None:
+    """Sends all log lines to a stream; for `cli` alone to call.
+
+    Args:
+        level: Lowest level shown, such as "INFO".
+        as_json: One JSON object a line instead of text.
+        stream: Where to; standard error by default.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.addFilter(RequestIdFilter())
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in record.__dict__.items() if name not in _STANDARD}

@@ -46,9 +46,7 @@ def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Arr
     return jnp.round(x32 / scale).astype(jnp.int8), scale
 
 
-def int8_matmul(
-    x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, "O"]
-) -> Float[Array, "T O"]:
+def int8_matmul(x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, "O"]) -> Float[Array, "T O"]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32."""
     rows, row_scale = quantize_rows(x)
     total = jax.lax.dot_general(rows, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)

@@ -20,9 +20,7 @@ TENSOR = "tensor"
 AXES = (DATA, EXPERT, TENSOR)
 
 
-def make_mesh(
-    *, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays devices out as `[data, expert, tensor]`; neighbours in `tensor` are neighbours in the device list.
 
     Args:

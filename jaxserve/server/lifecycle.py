@@ -1,0 +1,206 @@
+"""The life of a serving process: listen, start the engine, serve, drain on SIGTERM, exit.
+
+The socket listens before the engine exists, so that `/health` answers and `/ready` says 503 while programs compile. On
+SIGTERM or SIGINT the engine drains while the socket still listens: requests in flight are finished, new ones and
+`/ready` get a 503, which tells load balancers to go elsewhere. What is not finished within the deadline is aborted. A
+second signal aborts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.engine.api import Engine
+
+KEEP_ALIVE_S = 75
+"""Idle connections are kept this long: longer than load balancers do, so that they are the ones to close."""
+
+FLUSH_S = 5
+"""Seconds that the engine has to abort what is left, and then responses to leave."""
+
+_LOG = logging.getLogger(__name__)
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class StopSignal:
+    """How a running server is told to end.
+
+    Attributes:
+        drain: Finish what is in flight, then end.
+        abort: Do not wait for it any longer.
+    """
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    abort: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def next(self) -> None:
+        """Drain at the first call, abort at the second."""
+        (self.abort if self.drain.is_set() else self.drain).set()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handling, which would end the process by the signal it got."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to `serve_app`."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        host: An address or name; with a colon it is IPv6.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"Cannot listen on {host} port {port}: {reason}; choose another.", param="--port") from error
+
+
+def serve_app(
+    app: FastAPI,
+    engine: Engine,
+    *,
+    host: str,
+    port: int,
+    drain_deadline_s: float = 30.0,
+    start: Callable[[], None] | None = None,
+) -> None:
+    """Serves until a signal comes, then drains and returns; to be called in the main thread.
+
+    If a signal comes while `start` still runs, the process exits with 0 at once: a compilation cannot be interrupted.
+
+    Args:
+        app: From `create_app`.
+        engine: The engine of the app, or its slot; it is drained and closed here.
+        host: Address to listen on.
+        port: Port to listen on.
+        drain_deadline_s: Seconds that requests in flight have to finish after the first signal.
+        start: Makes the engine and fills the slot; it runs in a thread of its own while the server already listens, and
+            what it raises ends the server and is raised again here.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+    sock = listen(host, port)
+    starting = _Starting(start)
+
+    async def main() -> None:
+        stop = StopSignal()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.next)
+        starting.begin(lambda: loop.call_soon_threadsafe(stop.drain.set))
+        await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    starting.end()
+
+
+async def serve(
+    app: FastAPI, engine: Engine, sock: socket.socket, *, stop: StopSignal, drain_deadline_s: float
+) -> None:
+    """Serves on a socket until told to stop, then drains; the engine is closed at the end.
+
+    Args:
+        app: From `create_app`.
+        engine: The engine of the app, or its slot.
+        sock: Listening; closed here.
+        stop: Says when.
+        drain_deadline_s: Seconds that requests in flight have to finish.
+    """
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_S,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    stopping = asyncio.create_task(stop.drain.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await _drain(engine, drain_deadline_s, stop.abort)
+    finally:
+        server.should_exit = True
+        stopping.cancel()
+        await asyncio.wait({serving})
+        await engine.close()
+    serving.result()
+
+
+async def _drain(engine: Engine, deadline_s: float, abort: asyncio.Event) -> None:
+    """Lets the engine finish, for so long; an engine that does not even abort is left behind."""
+    _LOG.info("draining for at most %.0f s", deadline_s)
+    draining = asyncio.create_task(engine.drain(deadline_s))
+    aborting = asyncio.create_task(abort.wait())
+    await asyncio.wait({draining, aborting}, timeout=deadline_s + FLUSH_S, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        draining = asyncio.create_task(engine.drain(0.0))
+        await asyncio.wait({draining}, timeout=FLUSH_S)
+    aborting.cancel()
+    if not draining.done():
+        draining.cancel()
+        _LOG.error("the engine did not stop in time")
+    else:
+        _LOG.info("drained" if draining.result() else "drained; requests past the deadline were aborted")
+
+
+class _Starting:
+    """The start hook in a thread that dies with the process."""
+
+    def __init__(self, start: Callable[[], None] | None) -> None:
+        self._start = start
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxserve-start", daemon=True)
+        self._on_error: Callable[[], object] = lambda: None
+
+    def begin(self, on_error: Callable[[], object]) -> None:
+        """Runs the hook; `on_error` is called in its thread if it raises."""
+        self._on_error = on_error
+        self._thread.start()
+
+    def end(self) -> None:
+        """Raises what the hook raised; leaves the process if the hook still runs."""
+        if self._error is not None:
+            raise self._error
+        if self._thread.is_alive():
+            _LOG.warning("leaving while the engine starts")
+            logging.shutdown()
+            os._exit(0)
+
+    def _run(self) -> None:
+        try:
+            if self._start is not None:
+                self._start()
+        except BaseException as error:
+            self._error = error
+            self._on_error()

@@ -17,7 +17,7 @@ from jaxserve.text.sandbox import ChatEnvironment
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 # Ends in a space so that it shows whether the template strips the end of a message.
-_CONTINUE_TAG = "\ue000jaxserve-continue\ue001 "
+_CONTINUE_TAG = "<<<THE-FINAL-MESSAGE-CONTINUES-HERE>>> "
 
 
 class ChatTemplate:
@@ -51,6 +51,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
+        /,
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         documents: Sequence[Mapping[str, object]] | None = None,
@@ -81,6 +82,8 @@ class ChatTemplate:
                 f"chat_template_kwargs may not set {', '.join(sorted(clash))}; use the request field of that name.",
                 param="chat_template_kwargs",
             )
+        if not messages:
+            raise InvalidRequestError("messages must have at least one message.", param="messages")
         chat = [_with_reasoning(_plain_message(message, i)) for i, message in enumerate(messages)]
         final_text = _open_final_message(chat) if continue_final_message else ""
         variables = {
@@ -122,9 +125,8 @@ def _sentence(error: BaseException) -> str:
 def _plain_message(message: object, index: int) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError(f"messages[{index}] must be an object with role and content.", param="messages")
-    plain = _plain(message, "messages")
-    assert isinstance(plain, dict)
-    return plain
+    # OpenAI's clients send null for what a message lacks; templates test for a missing key.
+    return {str(key): _plain(value, "messages") for key, value in message.items() if value is not None}
 
 
 def _plain(value: object, param: str) -> object:
@@ -156,7 +158,7 @@ def _with_reasoning(message: dict[str, object]) -> dict[str, object]:
 
 def _open_final_message(chat: list[dict[str, object]]) -> str:
     """Puts the tag behind the last message's text and returns that text."""
-    content = chat[-1].get("content") if chat else None
+    content = chat[-1].get("content")
     if isinstance(content, str):
         chat[-1]["content"] = content + _CONTINUE_TAG
         return content

@@ -57,7 +57,7 @@ class _BudgetTransformer(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - named by Jinja
         self.generic_visit(node)
-        pieces = nodes.List(node.nodes, "load", lineno=node.lineno)
+        pieces = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(pieces, "join", [], [], None, None, lineno=node.lineno)
 
 
@@ -67,17 +67,12 @@ class _SafeNamespace(Namespace):
     def __init__(self, *args: object, **kwargs: object) -> None:
         attributes: dict[str, object] = dict(*args, **kwargs)
         for name in attributes:
-            self._check(name)
+            _check_name(name)
         super().__init__(attributes)
 
     def __setitem__(self, name: str, value: object) -> None:
-        self._check(name)
+        _check_name(name)
         super().__setitem__(name, value)
-
-    @staticmethod
-    def _check(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace attribute may not begin with an underscore: {name!r}")
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -208,6 +203,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return _checked(function(*args, **kwargs))
 
         return guarded
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace attribute may not begin with an underscore: {name!r}")
 
 
 def _check_size(size: int) -> None:

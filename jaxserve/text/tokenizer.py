@@ -112,7 +112,9 @@ class BackendTokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, facts: TokenizerFacts) -> None:
         self.backend = backend
         self.facts = facts
-        self._decoder: TokenDecoder = parse_decoder(json.loads(backend.decoder.__getstate__()))
+        self._decoder: TokenDecoder = parse_decoder(
+            None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        )
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size = backend.get_vocab_size(with_added_tokens=True)

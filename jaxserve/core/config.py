@@ -1,0 +1,377 @@
+"""Configuration: each setting declared once, read from flags, environment, YAML or its default, in that order.
+
+`ServeConfig` is what the user asked for and may say "auto"; `resolve` answers every "auto" from facts about the platform and the
+model and returns a `ResolvedConfig`. Both are frozen. No other module reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxserve.core.errors import ConfigError
+
+ENV_PREFIX = "JAXSERVE_"
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshShape:
+    """How many ways the model and its traffic are split.
+
+    Attributes:
+        data: Replicas that split the sequences.
+        expert: Shards of the experts.
+        tensor: Shards of heads, ffn and vocabulary.
+    """
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """Devices the mesh takes."""
+        return self.data * self.expert * self.tensor
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Reads `data=1,tensor=8`; axes that are not named are 1."""
+        sizes: dict[str, int] = {}
+        for part in filter(None, text.split(",")):
+            name, _, size = part.strip().partition("=")
+            if name not in ("data", "expert", "tensor") or name in sizes or not size.isdigit() or int(size) < 1:
+                raise ValueError(f"'{part}' is not data=N, expert=N or tensor=N with N >= 1")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return f"data={self.data},expert={self.expert},tensor={self.tensor}"
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError(f"'{text}' is not true or false")
+    return words[text.lower()]
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"'{text}' is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{value} is not {f'at least {low}' if high is None else f'in [{low}, {high}]'}")
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(f"{value} is not in [{low}, {high}]")
+        return value
+
+    return parse
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _setting(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401
+    """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None."""
+    return field(default=default, metadata={"parse": parse, "help": what, "none": none})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What `jaxserve serve` can be told; None means "auto" (or absent), and `resolve` decides."""
+
+    model: str = _setting(
+        "smollm2-135m", str, "what to serve: a preset, a Hugging Face id, a folder, a .gguf file, random:PRESET"
+    )
+    role: str = _setting("both", _choice("both"), "both prefill and decode in this process")
+    host: str = _setting("127.0.0.1", str, "address to listen on")
+    port: int = _setting(8000, _integer(0, 65535), "HTTP port; 0 takes a free one")
+    mesh: MeshShape = _setting(MeshShape(), MeshShape.parse, "how to split the model, e.g. data=1,tensor=8,expert=1")
+    dtype: str | None = _setting(
+        None,
+        _choice("float32", "bfloat16", "float16"),
+        "dtype of activations and unquantised weights (auto: float32 on CPUs, else the checkpoint's)",
+        none="auto",
+    )
+    quantization: str | None = _setting(
+        None, _choice("int8"), "int8: per-channel weights, int8 activations", none="none"
+    )
+    kv_cache_dtype: str | None = _setting(
+        None, _choice("float32", "bfloat16", "float16"), "dtype of the KV cache (auto: as dtype)", none="auto"
+    )
+    attention: str | None = _setting(
+        None, _choice("reference", "xla", "tpu", "gpu"), "implementation of paged attention", none="auto"
+    )
+    max_model_len: int | None = _setting(
+        None, _integer(2), "most tokens of prompt and output (auto: the model's, if the pool holds it)", none="auto"
+    )
+    max_num_seqs: int | None = _setting(None, _integer(1, 4096), "most sequences that run at once", none="auto")
+    max_num_batched_tokens: int | None = _setting(None, _integer(1), "most tokens a step computes", none="auto")
+    page_size: int | None = _setting(None, _integer(1, 1024), "tokens a KV page holds", none="auto")
+    num_pages: int | None = _setting(None, _integer(1), "pages in the KV pool", none="auto")
+    memory_fraction: float | None = _setting(
+        None, _number(0.01, 1.0), "share of the device's memory for weights and KV pool together", none="auto"
+    )
+    enable_prefix_caching: bool = _setting(True, _boolean, "reuse the KV of prompts that begin alike")
+    long_prefill_token_threshold: int | None = _setting(
+        None, _integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
+    )
+    max_waiting: int = _setting(1024, _integer(0), "sequences that may wait before requests are refused with a 429")
+    served_model_name: tuple[str, ...] = _setting((), _list, "names the API knows the model by, comma-separated")
+    api_key: tuple[str, ...] = _setting((), _list, "keys that clients must present, comma-separated; none: open to all")
+    max_body_bytes: int = _setting(8 * MIB, _integer(1), "largest request body")
+    drain_deadline_s: float = _setting(30.0, _number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
+    seed: int = _setting(0, _integer(0), "seed of random weights and of requests that bring none")
+    cache_dir: Path | None = _setting(None, Path, "where models and compiled programs are kept", none="auto")
+    compilation_cache: bool = _setting(True, _boolean, "keep compiled programs on disk between starts")
+    offline: bool = _setting(False, _boolean, "never touch the network")
+    log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "least severe messages to log")
+    log_format: str = _setting("text", _choice("text", "json"), "form of a log line")
+    otlp_endpoint: str | None = _setting(None, str, "OpenTelemetry collector to send spans to", none="none")
+
+    def resolve(self, facts: Facts) -> ResolvedConfig:
+        """Answers every "auto".
+
+        Args:
+            facts: What is known of the platform and the model.
+
+        Raises:
+            ConfigError: The settings contradict each other, the model, or the memory there is.
+        """
+        on_cpu = facts.platform == "cpu"
+        page_size = self.page_size or (16 if on_cpu else 64)
+        seqs = self.max_num_seqs or (64 if on_cpu else 256)
+        batched = self.max_num_batched_tokens or (512 if on_cpu else 2048)
+        if batched < seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}: a step could not advance every "
+                "sequence; raise the first or lower the second.",
+                param="max_num_batched_tokens",
+            )
+        if self.max_model_len is not None and self.max_model_len > facts.max_position:
+            raise ConfigError(
+                f"max_model_len={self.max_model_len} is beyond the model's {facts.max_position} positions; lower it.",
+                param="max_model_len",
+            )
+        num_pages = self.num_pages or self._pages(facts, page_size)
+        longest = min(self.max_model_len or facts.max_position, num_pages * page_size)
+        if self.max_model_len is not None and longest < self.max_model_len:
+            raise ConfigError(
+                f"A pool of {num_pages} pages of {page_size} tokens cannot hold one sequence of max_model_len="
+                f"{self.max_model_len}; raise num_pages or memory_fraction, or lower max_model_len.",
+                param="max_model_len",
+            )
+        dtype = self.dtype or ("float32" if on_cpu else facts.checkpoint_dtype)
+        # XLA multiplies a single float32 row at memory speed on CPUs; integer matmuls want four rows to go through oneDNN.
+        smallest = 1 if on_cpu and self.quantization is None else 4
+        return ResolvedConfig(
+            asked=self,
+            dtype=dtype,
+            kv_cache_dtype=self.kv_cache_dtype or dtype,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_model_len=longest,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=batched,
+            seq_buckets=_ladder(min(smallest, seqs), seqs),
+            token_buckets=_ladder(min(64, batched), batched),
+            long_prefill_token_threshold=self.long_prefill_token_threshold or max(1, batched // 2),
+        )
+
+    def _pages(self, facts: Facts, page_size: int) -> int:
+        page_bytes = facts.kv_bytes_per_token * page_size
+        if facts.device_memory_bytes is None:
+            # Nobody says how much of a host's memory is ours: room for 16k tokens, at most 512 MiB.
+            return max(1, min(16384 // page_size, 512 * MIB // page_bytes))
+        room = int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
+        if room < page_bytes:
+            raise ConfigError(
+                f"The weights take {facts.weight_bytes / MIB:.0f} MiB a device and leave no room for KV pages; use more "
+                "devices (--mesh), quantise (--quantization int8), or raise --memory-fraction.",
+                param="memory_fraction",
+            )
+        return room // page_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What `resolve` needs to know.
+
+    Attributes:
+        platform: JAX's name of the platform: "cpu", "gpu", "tpu".
+        max_position: Longest context the model was made for.
+        checkpoint_dtype: Dtype the checkpoint is stored in.
+        device_memory_bytes: Memory of one device, or None where nothing limits us.
+        weight_bytes: Weights a device holds.
+        kv_bytes_per_token: KV cache a token takes on a device, over all layers.
+    """
+
+    platform: str
+    max_position: int
+    checkpoint_dtype: str
+    device_memory_bytes: int | None
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """`ServeConfig` with every "auto" answered.
+
+    Attributes:
+        asked: The settings as given.
+        dtype: Of activations and unquantised weights.
+        kv_cache_dtype: Of the KV pool.
+        page_size: Tokens a page holds.
+        num_pages: Pages of each layer.
+        max_model_len: Most tokens of a sequence.
+        max_num_seqs: Slots.
+        max_num_batched_tokens: Most tokens a step computes.
+        seq_buckets: Sizes that decode-only steps are padded to, ascending.
+        token_buckets: Sizes that other steps are padded to, ascending.
+        long_prefill_token_threshold: Most tokens of one prompt a step computes while others wait.
+    """
+
+    asked: ServeConfig
+    dtype: str
+    kv_cache_dtype: str
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    seq_buckets: tuple[int, ...]
+    token_buckets: tuple[int, ...]
+    long_prefill_token_threshold: int
+
+
+def _ladder(smallest: int, largest: int) -> tuple[int, ...]:
+    """Doubling sizes from `smallest`, ending exactly at `largest`."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(sizes[-1] * (4 if sizes[-1] == 1 else 2), largest))
+    return tuple(sizes)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting but the model, which is the command's argument."""
+    for setting in fields(ServeConfig):
+        if setting.name == "model":
+            continue
+        default = setting.metadata["none"] if setting.default is None else setting.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        parser.add_argument(
+            _flag(setting.name),
+            dest=setting.name,
+            metavar="VALUE",
+            default=None,
+            help=f"{setting.metadata['help']} (default: {shown})".replace("%", "%%"),
+        )
+
+
+def load(
+    flags: Mapping[str, str | None], *, file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> ServeConfig:
+    """Reads the settings: flags before environment (`JAXSERVE_PORT`) before the YAML file before defaults.
+
+    Args:
+        flags: Setting name to its text, or None where the flag was not given.
+        file: YAML mapping of setting names.
+        environ: The environment; the process's own by default.
+
+    Raises:
+        ConfigError: Unknown names or wrong values; one error lists all.
+    """
+    environ = os.environ if environ is None else environ
+    known = {setting.name: setting for setting in fields(ServeConfig)}
+    problems: list[str] = []
+    texts: dict[str, tuple[str, str]] = {}
+    for name, value in (_read_yaml(file) if file is not None else {}).items():
+        if name in known:
+            texts[name] = (_as_text(value), f"{name} in {file}")
+        else:
+            problems.append(f"{name} in {file} is not a setting")
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable.startswith(ENV_PREFIX) and variable not in _OTHER_VARIABLES:
+            if name in known:
+                texts[name] = (value, variable)
+            else:
+                problems.append(f"the environment variable {variable} is not a setting")
+    for name, flag in flags.items():
+        if flag is not None:
+            texts[name] = (flag, "MODEL" if name == "model" else _flag(name))
+    values: dict[str, object] = {}
+    for name, (text, origin) in texts.items():
+        metadata = known[name].metadata
+        try:
+            values[name] = None if text == metadata["none"] else metadata["parse"](text)
+        except ValueError as error:
+            problems.append(f"{origin}: {error}")
+    if problems:
+        raise ConfigError(f"Wrong settings: {'; '.join(problems)}. See `jaxserve serve --help`.")
+    return ServeConfig(**values)  # type: ignore[arg-type]  # each value came out of its own field's parser
+
+
+_OTHER_VARIABLES = (f"{ENV_PREFIX}CACHE",)
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where models and compiled programs are kept unless the user says otherwise."""
+    environ = os.environ if environ is None else environ
+    if own := environ.get(f"{ENV_PREFIX}CACHE"):
+        return Path(own)
+    base = environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={size}" for key, size in value.items())
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def _read_yaml(file: Path) -> Mapping[str, object]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"Cannot read {file}: {error.strerror}.", param="config") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}", param="config") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must map setting names to values.", param="config")
+    return {str(key): value for key, value in content.items()}

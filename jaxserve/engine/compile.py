@@ -1,0 +1,87 @@
+"""Compiles every program before the engine is ready, and counts whatever is compiled after.
+
+Programs are lowered and compiled on a few threads (XLA does not hold Python's lock), each once, with JAX's persistent cache in
+between, so that a second start reads executables instead of making them. What comes out are `Compiled` objects: called
+with any other shape they raise instead of compiling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+from jax import monitoring
+
+from jaxserve.engine.programs import Program
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""What JAX reports each time it makes or loads an executable."""
+
+Executables: TypeAlias = Mapping[tuple[str, str], Any]
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def enable_persistent_cache(folder: Path) -> None:
+    """Keeps executables on disk between runs of the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def compile_programs(programs: list[Program], *, num_threads: int, progress: Progress | None = None) -> Executables:
+    """Compiles every program.
+
+    Args:
+        programs: What to compile.
+        num_threads: How many are compiled at once.
+        progress: Called with (done, total) after each.
+
+    Returns:
+        (name, bucket) -> the executable.
+    """
+    executables: dict[tuple[str, str], Any] = {}
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
+        # Tracing holds Python's lock; the longest programs come last in the list and are the slowest to compile.
+        futures = {(p.name, p.bucket): pool.submit(_compile, p) for p in programs}
+        for done, (key, future) in enumerate(futures.items(), start=1):
+            executables[key] = future.result()
+            if progress is not None:
+                progress(done, len(programs))
+    return executables
+
+
+def _compile(program: Program) -> Any:  # noqa: ANN401
+    return program.function.lower(*program.args).compile()
+
+
+@dataclass
+class CompileCounter:
+    """Counts compilations of this process from `start` on; a ready engine must see none."""
+
+    count: int = 0
+    seconds: float = 0.0
+    started_s: float = 0.0
+    active: bool = False
+
+    def start(self) -> None:
+        """Begins to count."""
+        self.started_s = time.monotonic()
+        self.active = True
+        monitoring.register_event_duration_secs_listener(self._listen)
+
+    def stop(self) -> None:
+        """Counts no longer."""
+        if self.active:
+            self.active = False
+            monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_s: float, **_: str | int) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration_s

@@ -1,0 +1,253 @@
+"""LocalEngine: one thread that schedules, dispatches and commits steps, one step ahead of the device.
+
+While a step runs on the device the next one is scheduled and dispatched; only then is the first one's result awaited. Its tokens
+need not be known for that: they stay on the device and are the next step's input. A lock guards the scheduler, held for bookkeeping only and
+never while waiting for the device, so that requests are validated and queued in the caller's thread.
+
+    schedule N+1 -> dispatch N+1 -> wait for N -> commit N -> deliver events of N -> schedule N+2 ...
+
+A step that fails ends its own sequences with an error event; the device state is made anew and every other sequence is
+computed again. If the device state cannot be made anew, the engine is dead and says so in `health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from jaxserve.core.errors import InvalidRequestError, UnavailableError
+from jaxserve.core.types import Request, TokenEvent
+from jaxserve.engine.api import EngineInfo, EngineStats, Health
+from jaxserve.engine.mailbox import EventStream, put_all
+from jaxserve.engine.scheduler import ScheduledStep, Scheduler
+from jaxserve.engine.step import Runner, StepHandle
+from jaxserve.sampling.validate import SamplingLimits, validate_sampling
+
+logger = logging.getLogger(__name__)
+
+IDLE_RETRY_S = 0.01
+"""How long the loop waits when there is work but none of it can run yet."""
+
+DRAINING = "The engine is draining; send the request to another replica."
+CLOSED = "The engine is closed."
+
+
+class StepObserver(Protocol):
+    """Is told how long each step took."""
+
+    def on_step(self, *, bucket: str, wall_s: float, host_s: float) -> None:
+        """Records a step.
+
+        Args:
+            bucket: The shape it ran in.
+            wall_s: Seconds from its dispatch to its tokens.
+            host_s: Seconds of host work: scheduling, packing, dispatching, committing.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A dispatched step whose tokens have not been read."""
+
+    step: ScheduledStep
+    handle: StepHandle
+    dispatched_s: float
+    host_s: float
+
+
+class LocalEngine:
+    """Implements `Engine` on the devices of this process.
+
+    Args:
+        scheduler: Decides what runs; owned by the engine from now on.
+        runner: Runs it.
+        info: Facts to report.
+        limits: What the sampler can hold; requests beyond it are refused.
+        observer: Is told about each step.
+        num_compiles: Counts programs compiled since the engine was ready.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        info: EngineInfo,
+        limits: SamplingLimits,
+        observer: StepObserver | None = None,
+        num_compiles: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._info = info
+        self._limits = limits
+        self._observer = observer
+        self._num_compiles = num_compiles
+        self._streams: dict[str, EventStream] = {}
+        self._work = threading.Condition()
+        self._refusal = ""
+        self._alive = True
+        self._closing = False
+        self._num_steps = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts that never change."""
+        return self._info
+
+    def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Submits a request at once and yields its events; see `Engine.stream`."""
+        check_request(request, self._info, self._limits)
+        stream = EventStream(request.request_id, request.n, self.abort)
+        with self._work:
+            if self._refusal:
+                raise UnavailableError(self._refusal)
+            if request.request_id in self._streams:
+                raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
+            self._scheduler.submit(request)
+            self._streams[request.request_id] = stream
+            self._work.notify()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request wherever it is; unknown ids are ignored."""
+        with self._work:
+            self._deliver(self._scheduler.abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """A snapshot of load and counters."""
+        with self._work:
+            stats = self._scheduler.stats()
+        return replace(stats, num_steps=self._num_steps, num_compiles_after_ready=self._num_compiles())
+
+    def health(self) -> Health:
+        """Whether the engine can serve."""
+        return Health(alive=self._alive, ready=not self._refusal, reason=self._refusal)
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Refuses new requests and waits for those in flight; see `Engine.drain`."""
+        with self._work:
+            self._refusal = self._refusal or DRAINING
+        deadline = time.monotonic() + deadline_s
+        while self._streams:
+            if time.monotonic() >= deadline:
+                for request_id in tuple(self._streams):
+                    self.abort(request_id)
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    async def close(self) -> None:
+        """Aborts what is left and ends the thread. Idempotent."""
+        with self._work:
+            self._refusal = CLOSED
+            self._closing = True
+            for request_id in tuple(self._streams):
+                self._deliver(self._scheduler.abort(request_id))
+            self._work.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        flight: _Flight | None = None
+        while True:
+            started = time.perf_counter()
+            with self._work:
+                step = None if self._closing else self._scheduler.schedule()
+                if step is None and flight is None:
+                    if self._closing:
+                        return
+                    self._work.wait(IDLE_RETRY_S if self._scheduler.has_work else None)
+                    continue
+            following = None
+            if step is not None:
+                following, flight = self._dispatch(step, flight, started)
+            if flight is not None and not self._land(flight) and following is not None:
+                # What was dispatched on top of a failed step has computed nothing of worth.
+                following = None
+            flight = following
+
+    def _dispatch(
+        self, step: ScheduledStep, flight: _Flight | None, started: float
+    ) -> tuple[_Flight | None, _Flight | None]:
+        """Dispatches a step; if that fails, the one in flight is landed first and the step's sequences end.
+
+        Returns:
+            The new flight, and the old one if it is still to be landed.
+        """
+        try:
+            handle = self._runner.execute(step)
+        except Exception as error:
+            if flight is not None:
+                self._land(flight)
+            self._recover(step, error)
+            return None, None
+        now = time.perf_counter()
+        return _Flight(step, handle, now, now - started), flight
+
+    def _land(self, flight: _Flight) -> bool:
+        """Reads a step's tokens and commits them; False if the step had failed."""
+        try:
+            result = flight.handle.result()
+        except Exception as error:
+            self._recover(flight.step, error)
+            return False
+        arrived = time.perf_counter()
+        with self._work:
+            self._num_steps += 1
+            self._deliver(self._scheduler.commit(flight.step, result))
+        if self._observer is not None:
+            host_s = flight.host_s + time.perf_counter() - arrived
+            self._observer.on_step(bucket=flight.handle.bucket, wall_s=arrived - flight.dispatched_s, host_s=host_s)
+        return True
+
+    def _recover(self, step: ScheduledStep, error: Exception) -> None:
+        """Ends the sequences of a failed step and makes the device state anew for the others."""
+        logger.error("A step of %d sequences failed: %s", len(step.items), error, exc_info=error)
+        with self._work:
+            self._deliver(self._scheduler.fail(step, "A step failed on the device; try the request again."))
+            try:
+                self._runner.reset()
+                self._scheduler.restart()
+            except Exception as fatal:
+                logger.critical("The device state cannot be made anew: %s", fatal, exc_info=fatal)
+                self._alive = False
+                self._refusal = f"The device is lost ({fatal}); restart the process."
+                self._deliver(self._scheduler.fail_all(self._refusal))
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        """Hands events to the event loops that wait for them; the lock is held."""
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]] = defaultdict(list)
+        for event in events:
+            stream = self._streams[event.request_id]
+            by_loop[stream.loop].append((stream, event))
+            if event.finish_reason is not None:
+                stream.num_live -= 1
+                if stream.num_live == 0:
+                    del self._streams[event.request_id]
+        for loop, deliveries in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(put_all, deliveries)
+
+
+def check_request(request: Request, info: EngineInfo, limits: SamplingLimits) -> None:
+    """Refuses what no engine of this model can serve.
+
+    Raises:
+        InvalidRequestError: A field is out of range; `param` names it.
+    """
+    if not request.prompt:
+        raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
+    if not (0 <= min(request.prompt) and max(request.prompt) < info.vocab_size):
+        raise InvalidRequestError(f"Prompt token ids must be in [0, {info.vocab_size}).", param="prompt")
+    if request.n < 1:
+        raise InvalidRequestError("n must be at least 1.", param="n")
+    validate_sampling(request.sampling, limits)

@@ -1,0 +1,137 @@
+"""The only owner of device state: parameters, KV pool, sampler state.
+
+`execute` loads newly admitted slots, copies pages, and dispatches a step; it returns at once with a handle whose `result()` waits for the
+tokens. The pool and the sampler's state are donated to each program and replaced by what it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from numpy.typing import NDArray
+
+from jaxserve.engine.batch import BatchBuilder
+from jaxserve.engine.compile import Executables
+from jaxserve.engine.programs import COPY_BATCH, Replica, StepOutput
+from jaxserve.engine.scheduler import ScheduledStep, StepResult
+from jaxserve.sampling.logprobs import SampleOutput
+from jaxserve.sampling.state import admission
+
+
+class StepHandle(Protocol):
+    """A step that has been dispatched."""
+
+    @property
+    def bucket(self) -> str:
+        """The shape it ran in, as metrics call it."""
+        ...
+
+    def result(self) -> StepResult:
+        """Waits for the device and brings the step's tokens to the host."""
+        ...
+
+
+class Runner(Protocol):
+    """What the loop needs of a device."""
+
+    def execute(self, step: ScheduledStep) -> StepHandle:
+        """Dispatches a step and returns without waiting for it."""
+        ...
+
+    def reset(self) -> None:
+        """Makes the KV pool and the sampler's state anew after a failed step; raises if the device is lost."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step on its way; the arrays are being computed."""
+
+    step: ScheduledStep
+    bucket: str
+    output: StepOutput
+
+    def result(self) -> StepResult:
+        """See `StepHandle.result`."""
+        items = self.step.items
+        sampled = self.output.sampled
+        reports = any(item.sequence.request.sampling.logprobs is not None for item in items if item.samples)
+        wants_prompt = any(item.sequence.prompt_logprobs is not None for item in items)
+        prompt = self.output.prompt
+        return StepResult(
+            token_ids=np.asarray(sampled.token_ids).tolist(),
+            logprobs=_host(sampled) if reports else None,
+            prompt=_host(prompt) if wants_prompt and prompt is not None else None,
+        )
+
+
+def _host(output: SampleOutput) -> dict[str, NDArray[np.generic]]:
+    return {name: np.asarray(value) for name, value in vars(output).items()}
+
+
+class DeviceRunner:
+    """Runs steps on the devices of a mesh.
+
+    Args:
+        replica: What fixes the programs.
+        params: Loaded parameters by path.
+        executables: Compiled programs.
+    """
+
+    def __init__(self, replica: Replica, params: Mapping[str, Array], executables: Executables) -> None:
+        self._replica = replica
+        self._params = dict(params)
+        self._executables = executables
+        self._builder = self._new_builder()
+        self._kv_pages = replica.layout.allocate(replica.mesh)
+        self._sampling = replica.init_sampling()
+
+    def execute(self, step: ScheduledStep) -> DeviceStep:
+        """Dispatches a step and returns without waiting for it."""
+        for sequence in step.admitted:
+            self._builder.admit(sequence)
+            row = admission(
+                sequence.request.sampling,
+                sequence.token_ids,
+                sequence.num_prompt,
+                sequence.seed,
+                self._replica.limits,
+            )
+            self._sampling = self._executables["admit", "-"](self._sampling, np.int32(sequence.slot), row)
+        if step.page_copies:
+            self._copy(step.page_copies)
+        bucket, inputs = self._builder.build(step)
+        run = self._executables["step", bucket.name]
+        self._kv_pages, self._sampling, output = run(self._params, self._kv_pages, self._sampling, inputs)
+        output.sampled.token_ids.copy_to_host_async()
+        return DeviceStep(step, bucket.name, output)
+
+    def reset(self) -> None:
+        """Makes the KV pool and the sampler's state anew; what a failed step left behind is unusable."""
+        self._builder = self._new_builder()
+        self._kv_pages = self._replica.layout.allocate(self._replica.mesh)
+        self._sampling = self._replica.init_sampling()
+        jax.block_until_ready(self._kv_pages)
+
+    def warm_up(self) -> float:
+        """Waits until the device state exists; returns the seconds it took."""
+        started = time.monotonic()
+        jax.block_until_ready((self._params, self._kv_pages, self._sampling))
+        return time.monotonic() - started
+
+    def _new_builder(self) -> BatchBuilder:
+        replica = self._replica
+        return BatchBuilder(replica.buckets, max_num_seqs=replica.max_num_seqs, pages_per_seq=replica.pages_per_seq)
+
+    def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        for first in range(0, len(copies), COPY_BATCH):
+            some = copies[first : first + COPY_BATCH]
+            pairs = np.full((2, COPY_BATCH), -1, np.int32)
+            pairs[:, : len(some)] = np.array(some, np.int32).T
+            self._kv_pages = self._executables["copy_pages", "-"](self._kv_pages, pairs[0], pairs[1])

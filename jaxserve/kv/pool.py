@@ -1,0 +1,87 @@
+"""The KV pool: one flat array of pages for all layers, so that a scanned decoder updates it in place.
+
+Layer l's page p is row `l * num_pages + p`; page ids that the host hands out are the same in every layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int32, Shaped
+
+from jaxserve.sharding.rules import sharding_for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolLayout:
+    """Shape and dtype of the pool.
+
+    Attributes:
+        num_layers: L.
+        num_pages: Pages of each layer.
+        page_size: Tokens a page holds.
+        num_kv_heads: K, as stored (repeated heads counted).
+        head_dim: H.
+        dtype: Element type.
+    """
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[L * num_pages, page_size, 2K, H]."""
+        return (self.num_layers * self.num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values a token takes, over all layers and devices."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole pool, over all devices."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """Each device holds its KV heads of every page."""
+        axes = (None, None, "kv_heads", None)
+        return sharding_for(axes, (*self.shape[:2], self.num_kv_heads, self.head_dim), mesh)
+
+    def abstract(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """The pool before it exists."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
+
+    def allocate(self, mesh: Mesh) -> Array:
+        """A pool of zeros."""
+        return jnp.zeros(self.shape, self.dtype, device=self.sharding(mesh))
+
+
+def copy_pages(
+    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    source: Int32[Array, " C"],
+    target: Int32[Array, " C"],
+    num_layers: int,
+) -> Shaped[Array, "P page_size 2*K H"]:
+    """Copies pages within the pool, in every layer; jit it with the pool donated.
+
+    Args:
+        kv_pages: The pool.
+        source: [C]; page ids to read.
+        target: [C]; page ids to write; negative ids are padding.
+        num_layers: L.
+    """
+    total = kv_pages.shape[0]
+    num_pages = total // num_layers
+    base = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
+    read = (base + source[None, :]).reshape(-1)
+    written = jnp.where(target[None, :] < 0, total, base + target[None, :]).reshape(-1)
+    return kv_pages.at[written].set(kv_pages.at[read].get(mode="clip"), mode="drop")

@@ -1,0 +1,239 @@
+"""From a configuration to an engine that is ready: source, spec, parameters, programs, loop.
+
+Parameters load on one thread while programs compile on others: both need only the abstract parameters. Nothing here decides
+anything; it wires what the other packages own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from jaxserve.checkpoint.presets import default_presets_dir
+from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
+from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, cache_dir
+from jaxserve.engine.api import EngineInfo
+from jaxserve.engine.batch import Buckets
+from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache
+from jaxserve.engine.loop import LocalEngine, StepObserver
+from jaxserve.engine.programs import Replica, programs
+from jaxserve.engine.runner import DeviceRunner
+from jaxserve.engine.scheduler import Scheduler, SchedulerConfig
+from jaxserve.kv.manager import KVManager
+from jaxserve.kv.pool import PoolLayout
+from jaxserve.models.decoder import Blueprint
+from jaxserve.models.spec import ModelSpec
+from jaxserve.pallas.dispatch import Backend
+from jaxserve.sampling.validate import SamplingLimits
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import kv_repeat, sharding_for
+from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is known of a model before any weight is read.
+
+    Attributes:
+        source: Where it is.
+        spec: Its mathematics.
+        tokenizer: Text to ids and back.
+        chat_template: Messages to text; None if the model has none.
+        name: What it is served as.
+    """
+
+    source: CheckpointSource
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    name: str
+
+
+def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
+    """Fetches what MODEL names, if it is not here yet, and reads all but its weights."""
+    source = resolve_source(
+        config.model,
+        cache_dir=config.cache_dir or cache_dir(),
+        presets_dir=default_presets_dir(),
+        offline=config.offline,
+        progress=None if progress is None else lambda done, total: progress("download", done, total),
+    )
+    tokenizer = load_tokenizer(source)
+    template = tokenizer.chat_template
+    return Model(
+        source=source,
+        spec=load_spec(source),
+        tokenizer=tokenizer,
+        chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
+        name=config.served_model_name[0] if config.served_model_name else source.name,
+    )
+
+
+def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Replica, ResolvedConfig]:
+    """Fixes every shape of a replica; no array is made.
+
+    Raises:
+        ConfigError: The settings contradict each other, the model, or the memory there is.
+    """
+    device = mesh.devices.flat[0]
+    repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
+    guess = jnp.dtype(config.dtype or ("float32" if device.platform == "cpu" else spec.dtype))
+    blueprint = Blueprint.of(
+        spec,
+        dtype=guess,
+        quantization=config.quantization,
+        mesh=mesh,
+        kv_repeat=repeat,
+        backend=None if config.attention is None else Backend(config.attention),
+    )
+    page = PoolLayout(
+        num_layers=spec.num_layers,
+        num_pages=1,
+        page_size=1,
+        num_kv_heads=spec.num_kv_heads * repeat,
+        head_dim=spec.head_dim,
+        dtype=jnp.dtype(config.kv_cache_dtype or guess),
+    )
+    resolved = config.resolve(
+        Facts(
+            platform=device.platform,
+            max_position=spec.max_position,
+            checkpoint_dtype=spec.dtype,
+            device_memory_bytes=_device_memory_bytes(device),
+            weight_bytes=_bytes_a_device(blueprint, mesh),
+            kv_bytes_per_token=_shard_bytes(page, mesh),
+        )
+    )
+    layout = PoolLayout(
+        num_layers=page.num_layers,
+        num_pages=resolved.num_pages,
+        page_size=resolved.page_size,
+        num_kv_heads=page.num_kv_heads,
+        head_dim=page.head_dim,
+        dtype=page.dtype,
+    )
+    limits = SamplingLimits(
+        vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
+    )
+    buckets = Buckets.of(seq_buckets=resolved.seq_buckets, token_buckets=resolved.token_buckets)
+    replica = Replica(
+        blueprint=blueprint,
+        layout=layout,
+        limits=limits,
+        buckets=buckets,
+        max_num_seqs=resolved.max_num_seqs,
+        mesh=mesh,
+    )
+    return replica, resolved
+
+
+def build_engine(
+    config: ServeConfig, model: Model, *, observer: StepObserver | None = None, progress: Progress | None = None
+) -> LocalEngine:
+    """Loads the parameters, compiles every program, and starts the loop.
+
+    Raises:
+        ConfigError: The settings cannot be served.
+        CheckpointError: The weights cannot be loaded.
+    """
+    started = time.monotonic()
+    shape = config.mesh
+    mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
+    if config.compilation_cache:
+        enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
+    replica, resolved = plan_replica(config, model.spec, mesh)
+    params, executables = _load_and_compile(model, replica, progress)
+    runner = DeviceRunner(replica, params, executables)
+    runner.warm_up()
+    counter = CompileCounter()
+    counter.start()
+    engine = LocalEngine(
+        new_scheduler(resolved, model.spec.eos_token_ids),
+        runner,
+        info=EngineInfo(
+            model=model.name,
+            max_model_len=resolved.max_model_len,
+            vocab_size=model.spec.vocab_size,
+            page_size=resolved.page_size,
+            num_pages=resolved.num_pages,
+            eos_token_ids=model.spec.eos_token_ids,
+            max_num_seqs=resolved.max_num_seqs,
+        ),
+        limits=replica.limits,
+        observer=observer,
+        num_compiles=lambda: counter.count,
+    )
+    logger.info("ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages)
+    return engine
+
+
+def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> Scheduler:
+    """A scheduler and its page table, as configured."""
+    kv = KVManager(
+        num_pages=resolved.num_pages,
+        page_size=resolved.page_size,
+        enable_prefix_cache=resolved.asked.enable_prefix_caching,
+    )
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_model_len=resolved.max_model_len,
+            max_waiting=resolved.asked.max_waiting,
+            long_prefill_token_threshold=resolved.long_prefill_token_threshold,
+            token_buckets=resolved.token_buckets,
+        ),
+        kv,
+        eos_token_ids,
+    )
+
+
+def _load_and_compile(
+    model: Model, replica: Replica, progress: Progress | None
+) -> tuple[Mapping[str, Array], Executables]:
+    def report(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        loading = pool.submit(
+            load_params,
+            model.source,
+            model.spec,
+            replica.blueprint.params(),
+            mesh=replica.mesh,
+            progress=report("load"),
+        )
+        executables = compile_programs(programs(replica), num_threads=2, progress=report("compile"))
+        return loading.result(), executables
+
+
+def _device_memory_bytes(device: jax.Device) -> int | None:
+    stats = device.memory_stats()
+    return None if not stats else stats.get("bytes_limit")
+
+
+def _bytes_a_device(blueprint: Blueprint, mesh: Mesh) -> int:
+    total = 0
+    for info in blueprint.params().values():
+        shard = sharding_for(info.axes, info.shape, mesh).shard_shape(info.shape)
+        total += math.prod(shard) * info.dtype.itemsize
+    return total
+
+
+def _shard_bytes(page: PoolLayout, mesh: Mesh) -> int:
+    return math.prod(page.sharding(mesh).shard_shape(page.shape)) * page.dtype.itemsize

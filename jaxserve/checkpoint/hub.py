@@ -7,7 +7,7 @@ HF_ENDPOINT, the stored token); here are only the choice of files, progress, and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -15,6 +15,11 @@ from tqdm.asyncio import tqdm_asyncio
 
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    _Bar = tqdm_asyncio[Any]
+else:
+    _Bar = tqdm_asyncio  # generic only for type checkers
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NOT_THESE = ["*/*", "consolidated*"]
@@ -70,9 +75,14 @@ def _explanation(repo_id: str, error: Exception) -> str:
 def _reporter(progress: Progress | None) -> type[tqdm_asyncio[Any]]:
     """A progress bar that draws nothing and reports bytes."""
 
-    class Reporter(tqdm_asyncio[Any]):
+    class Reporter(_Bar):
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if progress is not None and self.unit == "B":
                 progress("download", int(self.n), int(self.total or 0))
+
+        def close(self) -> None:
+            self.display()
+            # A disabled bar does not end the line that this one never began.
+            self.disable = True
 
     return Reporter

@@ -21,8 +21,8 @@ from jaxserve.core.errors import CheckpointError
 from jaxserve.models.family import Part, WeightRule, WeightTable
 from jaxserve.models.spec import ModelSpec
 
-MOVE_ELEMENTS = 4 << 20
-"""Most elements of one move, so that its float32 form and its temporaries stay under about 100 MB."""
+MOVE_ELEMENTS = 1 << 20
+"""Most elements of one move, so that its float32 form and its temporaries stay under about 20 MB."""
 
 _MOST_LISTED = 12
 

@@ -94,10 +94,8 @@ class SafetensorsFolder:
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {name} is stored as {tensor.dtype}; supported are {', '.join(_DTYPES)}."
             )
-        values = tensor.file.array(tensor.offset, tensor.num_bytes)
-        if tensor.offset % dtype.itemsize:
-            values = values.copy()
-        return values.view(dtype).reshape(tensor.shape)[tuple(slice(*interval) for interval in ranges)]
+        stored = tensor.file.array(tensor.offset, tensor.num_bytes).view(dtype)
+        return stored.reshape(tensor.shape)[tuple(slice(*interval) for interval in ranges)]
 
     def release(self) -> None:
         """Forgets the file pages that reads brought into memory."""
@@ -122,6 +120,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map; download it again.")
         names = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} names files outside its folder; do not trust this checkpoint.")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(

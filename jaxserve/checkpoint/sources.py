@@ -164,8 +164,10 @@ def load_tokenizer(source: CheckpointSource) -> Tokenizer:
         from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 
         file = GGUFFile(source.path)
-        file.close()
-        return tokenizer_from_gguf(file.metadata)
+        try:
+            return tokenizer_from_gguf(file.metadata, eos_token_ids=_gguf_spec(file).eos_token_ids)
+        finally:
+            file.close()
     if source.kind is SourceKind.RANDOM:
         from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
 

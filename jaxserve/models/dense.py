@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxserve.models.config_reader import ConfigReader
 from jaxserve.models.family import GGUFHeader
-from jaxserve.models.rope import rope_from_gguf, rope_from_hf
+from jaxserve.models.rope_config import rope_from_gguf, rope_from_hf
 from jaxserve.models.spec import Activation, ModelSpec
 
 _HF_LAYER = "model.layers.{layer}"

@@ -121,7 +121,7 @@ def dense_rules(names: Mapping[str, str], *, interleaved: bool = False) -> tuple
 
     Args:
         names: Tensor name of each slot ("embed", "attn_norm", "q", "k", "v", "o", "q_norm", "k_norm", "mlp_norm",
-            "gate", "up", "down", "final_norm", "lm_head", and "X.bias" for biases); those a family never has are left out.
+            "gate", "up", "down", "final_norm", "lm_head", and "X.bias" for biases); others are left out.
         interleaved: Query and key heads are stored for a rope that rotates neighbours.
     """
     unnamed = [

@@ -6,7 +6,6 @@ in `rope_freqs.weight`. The spec is recovered from it and checked against it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from jaxserve.models.config_reader import ConfigReader
 from jaxserve.models.family import GGUFHeader
+from jaxserve.models.layers.rope import inverse_frequencies
 from jaxserve.models.spec import LinearRopeScaling, Llama3RopeScaling, RopeSpec
 
 HF_DEFAULT_THETA = 10000.0
@@ -27,6 +27,8 @@ def rope_from_hf(config: ConfigReader) -> RopeSpec:
     """The rope of a Hugging Face config in either dialect; problems are left in `config`."""
     theta = config.number("rope_theta", absent=HF_DEFAULT_THETA)
     new, old = config.section("rope_parameters"), config.section("rope_scaling")
+    if new is not None and old is not None and new.values != old.values:
+        config.wrong("rope_parameters and rope_scaling are both there and differ")
     section = new or old
     if section is None:
         return RopeSpec(theta=theta, scaling=None)
@@ -77,21 +79,9 @@ def _rope_from_factors(header: GGUFHeader, factors: NDArray[np.float32], rope: R
     if np.all(factors == 1):
         return rope
     scaling = replace(_LLAMA3, factor=float(np.max(factors)))
-    expected = llama3_divisors(rope.theta, scaling, head_dim)
+    expected = inverse_frequencies(rope, head_dim) / inverse_frequencies(replace(rope, scaling=scaling), head_dim)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         header.reader.wrong(
             "rope_freqs.weight holds frequency factors other than those of Llama 3, which is not supported"
         )
     return replace(rope, scaling=scaling)
-
-
-def llama3_divisors(theta: float, scaling: Llama3RopeScaling, head_dim: int) -> NDArray[np.float64]:
-    """What Llama 3.1 divides each rotary frequency by, [H/2]."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * math.pi / frequencies
-    ramp = (scaling.original_max_len / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    kept = np.clip(ramp, 0.0, 1.0)
-    divisors: NDArray[np.float64] = 1 / ((1 - kept) / scaling.factor + kept)
-    return divisors

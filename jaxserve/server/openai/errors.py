@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxserve.core.errors import (
     ContextLengthError,
@@ -22,6 +23,9 @@ from jaxserve.core.errors import (
     NotFoundError,
     QueueFullError,
 )
+
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the log of a request whose client went away; nobody receives it."""
 
 _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "dict", "none"})
 
@@ -72,6 +76,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """Makes the app answer every failure in OpenAI's form."""
     app.add_exception_handler(JaxserveError, _handle_typed)
     app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)
 
 
 def _path(location: tuple[int | str, ...]) -> list[str]:
@@ -86,6 +91,10 @@ def _is_type(part: int | str) -> bool:
 async def _handle_typed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, JaxserveError)
     return error_response(error)
+
+
+async def _handle_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _handle_http(request: Request, error: Exception) -> JSONResponse:

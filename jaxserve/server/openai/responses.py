@@ -6,14 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
-
-
-class ClientDisconnectedError(Exception):
-    """The client closed its connection before the answer was complete."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -24,7 +21,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         work: What to run; it is cancelled and awaited before this returns early.
 
     Raises:
-        ClientDisconnectedError: The client went away first.
+        ClientDisconnect: The client went away first.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnect(receive))
@@ -32,7 +29,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientDisconnectedError
+        raise ClientDisconnect
     finally:
         task.cancel()
         watcher.cancel()
@@ -64,7 +61,7 @@ class EventStream(Response):
         """Sends the stream."""
         try:
             await until_disconnect(receive, self._send_all(send))
-        except ClientDisconnectedError:
+        except ClientDisconnect:
             return
         finally:
             await self._on_end()

@@ -28,7 +28,7 @@ from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
-from jaxserve.server.openai.responses import ClientDisconnectedError, EventStream, until_disconnect
+from jaxserve.server.openai.responses import EventStream, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
 from jaxserve.server.openai.translate import Generation, Translator
 from jaxserve.telemetry.logging import REQUEST_ID
@@ -39,9 +39,6 @@ T = TypeVar("T")
 
 LARGE_BODY_BYTES = 32 * 1024
 """Bodies above this are parsed and tokenised in a thread, so that they do not hold up other requests' tokens."""
-
-CLIENT_CLOSED_REQUEST = 499
-"""Status in the log of a request whose client went away; nobody receives it."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,8 +140,6 @@ class Service:
             return EventStream(answer.chunks(inflight), on_end=close)
         try:
             return JSONResponse(await until_disconnect(request.receive, answer.whole(inflight)))
-        except ClientDisconnectedError:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             await close()
 

@@ -1,7 +1,7 @@
 """Configuration: each setting declared once, read from flags, environment, YAML or its default, in that order.
 
-`ServeConfig` is what the user asked for and may say "auto"; `resolve` answers every "auto" from facts about the platform and the
-model and returns a `ResolvedConfig`. Both are frozen. No other module reads the environment.
+`ServeConfig` is what the user asked for and may say "auto"; `resolve` answers every "auto" from facts about the
+platform and the model and returns a `ResolvedConfig`. Both are frozen. No other module reads the environment.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class ServeConfig:
                 param="max_model_len",
             )
         dtype = self.dtype or ("float32" if on_cpu else facts.checkpoint_dtype)
-        # XLA multiplies a single float32 row at memory speed on CPUs; integer matmuls want four rows to go through oneDNN.
+        # On CPUs XLA multiplies one float32 row at memory speed; integer matmuls want four rows to go through oneDNN.
         smallest = 1 if on_cpu and self.quantization is None else 4
         return ResolvedConfig(
             asked=self,
@@ -210,8 +210,8 @@ class ServeConfig:
         room = int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
         if room < page_bytes:
             raise ConfigError(
-                f"The weights take {facts.weight_bytes / MIB:.0f} MiB a device and leave no room for KV pages; use more "
-                "devices (--mesh), quantise (--quantization int8), or raise --memory-fraction.",
+                f"The weights take {facts.weight_bytes / MIB:.0f} MiB a device and leave no room for KV pages; use "
+                "more devices (--mesh), quantise (--quantization int8), or raise --memory-fraction.",
                 param="memory_fraction",
             )
         return room // page_bytes

@@ -1,7 +1,7 @@
 """The vocabulary every package shares: a request goes in, token events come out.
 
-All types are frozen. A `Request` holds token ids only: text is turned into ids before it and back into text after it, so
-engines, schedulers and the wire never see a tokenizer.
+All types are frozen. A `Request` holds token ids only: text is turned into ids before it and back into text after it,
+so engines, schedulers and the wire never see a tokenizer.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class TokenEvent:
         index: Which of the request's n sequences.
         token_ids: New output tokens, in order; a stop token is included.
         logprobs: One entry a new token if the request asked for them.
-        prompt_logprobs: With the first event of a request that asked for them: an entry for each prompt token; the first
-            is None, for nothing precedes it.
+        prompt_logprobs: With the first event of a request that asked for them: an entry for each prompt token; the
+            first is None, for nothing precedes it.
         num_cached_tokens: Prompt tokens whose KV came from the prefix cache; set on the first event of a sequence.
         finish_reason: Set on the sequence's last event.
         stop_token_id: The token that caused FinishReason.STOP, or None if it was not a token.

@@ -1,8 +1,9 @@
 """From a scheduled step to the arrays a program takes, in the smallest bucket that holds it.
 
-The host sends one packed int32 vector and the page table of the step's sequences; all else is derived on the device. Token ids do not
-travel at all: a sequence's history is loaded when it is admitted, and each sampled token is appended to it on the device, so the
-program reads every input token from there. That is what lets the next step be dispatched before this one's tokens are known.
+The host sends one packed int32 vector and the page table of the step's sequences; all else is derived on the device.
+Token ids do not travel at all: a sequence's history is loaded when it is admitted, and each sampled token is appended
+to it on the device, so the program reads every input token from there. That is what lets the next step be dispatched
+before this one's tokens are known.
 """
 
 from __future__ import annotations

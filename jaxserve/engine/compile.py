@@ -1,8 +1,8 @@
 """Compiles every program before the engine is ready, and counts whatever is compiled after.
 
-Programs are lowered and compiled on a few threads (XLA does not hold Python's lock), each once, with JAX's persistent cache in
-between, so that a second start reads executables instead of making them. What comes out are `Compiled` objects: called
-with any other shape they raise instead of compiling.
+Programs are lowered and compiled on a few threads (XLA does not hold Python's lock), each once, with JAX's persistent
+cache in between, so that a second start reads executables instead of making them. What comes out are `Compiled`
+objects: called with any other shape they raise instead of compiling.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """LocalEngine: one thread that schedules, dispatches and commits steps, one step ahead of the device.
 
-While a step runs on the device the next one is scheduled and dispatched; only then is the first one's result awaited. Its tokens
-need not be known for that: they stay on the device and are the next step's input. A lock guards the scheduler, held for bookkeeping only and
-never while waiting for the device, so that requests are validated and queued in the caller's thread.
+While a step runs on the device the next one is scheduled and dispatched; only then is the first one's result awaited.
+Its tokens need not be known for that: they stay on the device and are the next step's input. A lock guards the
+scheduler, held for bookkeeping only and never while waiting for the device, so that requests are validated and queued
+in the caller's thread.
 
     schedule N+1 -> dispatch N+1 -> wait for N -> commit N -> deliver events of N -> schedule N+2 ...
 
@@ -25,8 +26,8 @@ from jaxserve.core.errors import InvalidRequestError, UnavailableError
 from jaxserve.core.types import Request, TokenEvent
 from jaxserve.engine.api import EngineInfo, EngineStats, Health
 from jaxserve.engine.mailbox import EventStream, put_all
+from jaxserve.engine.runner import Runner, StepHandle
 from jaxserve.engine.scheduler import ScheduledStep, Scheduler
-from jaxserve.engine.step import Runner, StepHandle
 from jaxserve.sampling.validate import SamplingLimits, validate_sampling
 
 logger = logging.getLogger(__name__)
@@ -41,14 +42,12 @@ CLOSED = "The engine is closed."
 class StepObserver(Protocol):
     """Is told how long each step took."""
 
-    def on_step(self, *, bucket: str, wall_s: float, host_s: float) -> None:
-        """Records a step.
+    def observe_step(self, program: str, bucket: str, seconds: float) -> None:
+        """Records the seconds from a step's dispatch to its tokens, and the shape it ran in."""
+        ...
 
-        Args:
-            bucket: The shape it ran in.
-            wall_s: Seconds from its dispatch to its tokens.
-            host_s: Seconds of host work: scheduling, packing, dispatching, committing.
-        """
+    def observe_step_host(self, seconds: float) -> None:
+        """Records the seconds of host work: scheduling, packing, dispatching, committing."""
         ...
 
 
@@ -205,8 +204,8 @@ class LocalEngine:
             self._num_steps += 1
             self._deliver(self._scheduler.commit(flight.step, result))
         if self._observer is not None:
-            host_s = flight.host_s + time.perf_counter() - arrived
-            self._observer.on_step(bucket=flight.handle.bucket, wall_s=arrived - flight.dispatched_s, host_s=host_s)
+            self._observer.observe_step("step", flight.handle.bucket, arrived - flight.dispatched_s)
+            self._observer.observe_step_host(flight.host_s + time.perf_counter() - arrived)
         return True
 
     def _recover(self, step: ScheduledStep, error: Exception) -> None:
@@ -246,7 +245,7 @@ def check_request(request: Request, info: EngineInfo, limits: SamplingLimits) ->
     """
     if not request.prompt:
         raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
-    if not (0 <= min(request.prompt) and max(request.prompt) < info.vocab_size):
+    if min(request.prompt) < 0 or max(request.prompt) >= info.vocab_size:
         raise InvalidRequestError(f"Prompt token ids must be in [0, {info.vocab_size}).", param="prompt")
     if request.n < 1:
         raise InvalidRequestError("n must be at least 1.", param="n")

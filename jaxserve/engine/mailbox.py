@@ -1,4 +1,4 @@
-"""The stream of one request's events: filled by an engine, read by one coroutine, aborting the request if it is closed early."""
+"""The stream of one request's events: an engine fills it, one coroutine reads it, closing it early aborts the request."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The programs a replica runs, as pure functions of device state: step, admit, copy pages.
 
-`step` is the whole model for one ragged batch: unpack, read the input tokens from the slots' histories, decode, score, sample. Warm-up,
-ahead-of-time compilation and serving all lower these same functions from the same abstract arguments.
+`step` is the whole model for one ragged batch: unpack, read the input tokens from the slots' histories, decode,
+score, sample. Warm-up, ahead-of-time compilation and serving all lower these same functions from the same abstract
+arguments.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The only owner of device state: parameters, KV pool, sampler state.
 
-`execute` loads newly admitted slots, copies pages, and dispatches a step; it returns at once with a handle whose `result()` waits for the
-tokens. The pool and the sampler's state are donated to each program and replaced by what it returns.
+`execute` loads newly admitted slots, copies pages, and dispatches a step; it returns at once with a handle whose
+`result()` waits for the tokens. The pool and the sampler's state are donated to each program and replaced by what it
+returns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a configuration to an engine that is ready: source, spec, parameters, programs, loop.
 
-Parameters load on one thread while programs compile on others: both need only the abstract parameters. Nothing here decides
-anything; it wires what the other packages own.
+Parameters load on one thread while programs compile on others: both need only the abstract parameters. Nothing here
+decides anything; it wires what the other packages own.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ def build_engine(
         observer=observer,
         num_compiles=lambda: counter.count,
     )
-    logger.info("ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages)
+    logger.info(
+        "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages
+    )
     return engine
 
 

@@ -1,8 +1,9 @@
 """The one decoder: every family is a spec of it.
 
-A decoder is built abstractly (`nnx.eval_shape`), so its parameters are declared once and exist nowhere until the loader makes them.
-At run time the layers are one stack walked by `lax.scan`, so that neither compile time nor dispatch grows with depth; the KV pool
-is carried through the scan and changed in place, each layer finding its pages at `layer * num_pages`.
+A decoder is built abstractly (`nnx.eval_shape`), so its parameters are declared once and exist nowhere until the
+loader makes them. At run time the layers are one stack walked by `lax.scan`, so that neither compile time nor
+dispatch grows with depth; the KV pool is carried through the scan and changed in place, each layer finding its pages
+at `layer * num_pages`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class DecoderLayer(nnx.Module):
         layer: AttentionLayer,
         rotation: Rotation,
     ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size 2*K H"]]:
+        """One layer's share of the residual stream, and the pool with its keys and values."""
         with jax.named_scope("attention"):
             attended, kv_pages = self.attn(self.attn_norm(x), kv_pages, batch=batch, layer=layer, rotation=rotation)
             x = x + attended
@@ -171,7 +173,7 @@ class Blueprint:
 
 
 def _join(path: tuple[object, ...]) -> str:
-    """`('layers', 'attn', 'qkv', 'kernel')` -> `layers.attn.qkv.kernel`; `embed.table` needs no care, it is a path as it is."""
+    """`('layers', 'attn', 'qkv', 'kernel')` -> `layers.attn.qkv.kernel`."""
     return ".".join(str(part) for part in path)
 
 

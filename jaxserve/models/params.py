@@ -1,7 +1,8 @@
 """ParamInfo: the abstract form of one parameter, before any byte of it exists.
 
-The decoder declares its parameters once; `abstract_params` in `models/decoder` reads shapes, dtypes and logical axes off that
-declaration. The loader, the random initialiser and ahead-of-time compilation all work from the same dictionary.
+The decoder declares its parameters once; `abstract_params` in `models/decoder` reads shapes, dtypes and logical axes
+off that declaration. The loader, the random initialiser and ahead-of-time compilation all work from the same
+dictionary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ModelSpec: everything the decoder needs to know about a model, with no default for any hyper-parameter.
 
-A family file turns a Hugging Face config or GGUF metadata into a spec; the decoder reads nothing else. A spec is frozen and
-hashable, so it can be a static argument of a jitted function.
+A family file turns a Hugging Face config or GGUF metadata into a spec; the decoder reads nothing else. A spec is
+frozen and hashable, so it can be a static argument of a jitted function.
 """
 
 from __future__ import annotations

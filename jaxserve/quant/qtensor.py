@@ -1,7 +1,7 @@
 """Int8 weights: values with one float32 scale per output channel, and the matmul that uses them.
 
-Weights are quantised once, on the host, while they are loaded. Activations are quantised on the device, one scale a row, so
-that the product runs as an integer matmul; the scales are multiplied back afterwards.
+Weights are quantised once, on the host, while they are loaded. Activations are quantised on the device, one scale a
+row, so that the product runs as an integer matmul; the scales are multiplied back afterwards.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Arr
     return jnp.round(x32 / scale).astype(jnp.int8), scale
 
 
-def int8_matmul(x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, "O"]) -> Float[Array, "T O"]:
+def int8_matmul(x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, O]) -> Float[Array, "T O"]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32."""
     rows, row_scale = quantize_rows(x)
     total = jax.lax.dot_general(rows, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)

@@ -1,7 +1,7 @@
 """The device mesh: three axes, always all present, so that one code path serves one chip and a slice.
 
-`data` splits sequences between replicas, `expert` splits experts, `tensor` splits heads, ffn and vocabulary. An axis of size 1
-costs nothing.
+`data` splits sequences between replicas, `expert` splits experts, `tensor` splits heads, ffn and vocabulary. An axis
+of size 1 costs nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
     needed = data * expert * tensor
     if len(available) < needed:
         raise ConfigError(
-            f"The mesh data={data},expert={expert},tensor={tensor} needs {needed} devices and {len(available)} are visible; "
-            "ask for a smaller mesh or start on more devices.",
+            f"The mesh data={data},expert={expert},tensor={tensor} needs {needed} devices and {len(available)} are "
+            "visible; ask for a smaller mesh or start on more devices.",
             param="mesh",
         )
     grid = np.array(available[:needed]).reshape(data, expert, tensor)

@@ -1,7 +1,7 @@
 """Logical axes to mesh axes: the one table that says how a parameter or an activation is split.
 
-Layers name the axes of what they create ("kv_heads", "ffn", ...); this file decides which mesh axis each is split over. A
-dimension that its mesh axis does not divide is replicated, never refused.
+Layers name the axes of what they create ("kv_heads", "ffn", ...); this file decides which mesh axis each is split
+over. A dimension that its mesh axis does not divide is replicated, never refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Grouped-query attention over the paged KV cache.
 
-One fused projection gives each KV head its G query heads, its key and its value. A mesh splits all of them by KV head, so
-that each shard attends on its own, with its own slice of every page, and nothing is exchanged before the output projection.
+One fused projection gives each KV head its G query heads, its key and its value. A mesh splits all of them by KV
+head, so that each shard attends on its own, with its own slice of every page, and nothing is exchanged before the
+output projection.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Attention(nnx.Module):
         layer: AttentionLayer,
         rotation: Rotation,
     ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size 2*K H"]]:
+        """Attends from each token to its sequence's context; see `pallas.paged_attention.api`."""
         num_tokens = x.shape[0]
         qkv = self.qkv(x)
         kv_heads, head_dim = qkv.shape[1], qkv.shape[3]

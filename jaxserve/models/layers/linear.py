@@ -1,7 +1,8 @@
 """Linear maps with named axes, in floating point or int8.
 
-A kernel keeps the dimensions the model thinks in (`[D, K, G+2, H]` rather than `[D, O]`), each with its logical axis, so that the
-loader, the sharding rules and the quantiser all read one declaration. It is flattened to a matrix only where it is multiplied.
+A kernel keeps the dimensions the model thinks in (`[D, K, G+2, H]` rather than `[D, O]`), each with its logical axis,
+so that the loader, the sharding rules and the quantiser all read one declaration. It is flattened to a matrix only
+where it is multiplied.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Linear(nnx.Module):
         self.out_shape = out_shape
         self.num_inputs = math.prod(in_shape)
 
-    def __call__(self, x: Float[Array, "T *inputs"]) -> Float[Array, "T *outputs"]:
+    def __call__(self, x: Float[Array, T * inputs]) -> Float[Array, T * outputs]:
         """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
         rows = x.reshape(x.shape[0], self.num_inputs)
         kernel = self.kernel[...].reshape(self.num_inputs, -1)

@@ -20,6 +20,7 @@ class MLP(nnx.Module):
         self.activation = spec.activation
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Maps each token on its own."""
         gate_up = self.gate_up(x)
         return self.down(activate(gate_up[:, 0], self.activation) * gate_up[:, 1])
 

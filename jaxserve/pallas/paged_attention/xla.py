@@ -1,9 +1,9 @@
 """Paged attention in plain JAX, made for the CPU and for whatever no kernel supports.
 
 New keys and values are scattered into their pages first. Then two loops attend, both with trip counts known only at run
-time, so that a step pays for the context it has and not for the longest it might have: decoding sequences go in groups of
-`DECODE_ROWS`, prompt chunks one after another in tiles of `QUERY_TILE` tokens. Both walk the context in blocks and keep a running
-softmax (online normaliser, arXiv:1805.02867). Logits, weights and sums are float32.
+time, so that a step pays for the context it has and not for the longest it might have: decoding sequences go in
+groups of `DECODE_ROWS`, prompt chunks one after another in tiles of `QUERY_TILE` tokens. Both walk the context in
+blocks and keep a running softmax (online normaliser, arXiv:1805.02867). Logits, weights and sums are float32.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _write(
 
 
 def _attend_decodes(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedBatch) -> Grouped:
-    num_seqs, pages_per_seq = batch.page_table.shape
+    num_seqs = batch.page_table.shape[0]
     rows = min(DECODE_ROWS, num_seqs)
     missing = -num_seqs % rows
     table = jnp.pad(batch.page_table, ((0, missing), (0, 0)))
@@ -147,7 +147,8 @@ def _walk(
     """Attention of B sequences' queries over their pages, block by block.
 
     Args:
-        query: Already scaled, float32. Its Q rows share the sequence's pages; Q is a multiple of G in chunks, G in decodes.
+        query: Already scaled, float32. Its Q rows share the sequence's pages; Q is a multiple of G in chunks, G in
+        decodes.
         layer: Pages and configuration.
         table: Pages of each sequence.
         last: Last position each query sees, or each sequence's if there is one column; -1 for a dead row.
@@ -201,7 +202,12 @@ def _update(
     query: Float[Array, "B K Q H"],
     keys: Float[Array, "B C K H"],
     values: Float[Array, "B C K H"],
-    visible: Bool[Array, "B #Q C"],
+    visible: Bool[
+        Array,
+        (
+            B  # Q C
+        ),
+    ],
     soft_cap: float | None,
 ) -> Softmax:
     logits = jnp.einsum("bkqh,bckh->bkqc", query, keys)

@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types.chat import ChatCompletion
 from server_harness import (
     ASSISTANT,
     BOS,
     CHAT,
     COMPLETIONS,
+    CONFIG,
     EOS,
     INFO,
     TOKENIZER,
@@ -28,6 +30,8 @@ from server_harness import (
 from jaxserve.core.types import Request, TokenEvent, TokenLogprobs
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.fake import FakeEngine
+from jaxserve.server.openai.app import create_app
+from jaxserve.text.chat import ChatTemplate
 
 
 async def post(client: httpx.AsyncClient, route: str, body: dict[str, Any]) -> Any:
@@ -96,6 +100,19 @@ class TestChat:
 
     async def test_lm_eval_adds_a_type_to_messages(self, client: httpx.AsyncClient) -> None:
         await post(client, CHAT, chat(messages=[{"role": "user", "content": "A", "type": "text"}]))
+
+    async def test_answers_can_be_sent_back(self, client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        answer = ChatCompletion.model_validate(await post(client, CHAT, chat()))
+        history = [{"role": "user", "content": "A"}, answer.choices[0].message.model_dump()]
+        await post(client, CHAT, chat(messages=history))
+        assert engine.submitted[-1].prompt == (2, *ids("A"), ASSISTANT, *ids('!"#$'), ASSISTANT)
+
+    async def test_tool_calls_of_the_history_reach_the_template(self, engine: FakeEngine) -> None:
+        template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments.city }}", {})
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "A"}'}}
+        async with client_of(create_app(engine, TOKENIZER, template, CONFIG)) as client:
+            body = chat(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])
+            assert (await post(client, CHAT, body))["choices"][0]["message"]["content"] == "BCDE"
 
     async def test_logprobs(self, client: httpx.AsyncClient) -> None:
         answer = await post(client, CHAT, chat(logprobs=True, top_logprobs=2, max_tokens=1))
@@ -318,6 +335,20 @@ class TestErrors:
         assert response.status_code == 500
         assert response.headers["x-request-id"]
         assert "secret" not in response.text
+        assert "secret" in caplog.text
+
+    async def test_bug_in_a_stream(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Broken(FakeEngine):
+            async def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
+                async for event in super().stream(request):
+                    yield event
+                    raise ZeroDivisionError("secret")
+
+        for prompt in ("A", ["A", "B"]):
+            async with client_of(make_app(Broken(INFO))) as client:
+                *_, error = await post(client, COMPLETIONS, completion(prompt, stream=True))
+            assert error["error"]["type"] == "server_error"
+            assert "secret" not in str(error)
         assert "secret" in caplog.text
 
     async def test_cached_tokens(self) -> None:

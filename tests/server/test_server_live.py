@@ -103,7 +103,7 @@ async def test_chunks_arrive_as_they_are_made(slow: LiveServer) -> None:
     ):
         async for _ in response.aiter_bytes():
             arrivals.append(time.monotonic())
-    assert len(arrivals) >= 8
+    assert len(arrivals) >= 4
     assert arrivals[-1] - arrivals[0] > 0.05
 
 

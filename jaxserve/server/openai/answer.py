@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from jaxserve.core.errors import JaxserveError
@@ -70,16 +71,17 @@ class Answer:
             answer |= {field: choices[0][field] for field in fields if field in choices[0]}
         return answer
 
-    async def chunks(self, inflight: InFlight) -> AsyncIterator[bytes]:
+    async def chunks(self, inflight: InFlight) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, ending in `[DONE]` whatever happens on the way."""
         generation = self._generation
         head = "data: " + _ENCODE(self._head(self._dialect.chunk_object))[:-1] + ',"choices":['
         # OpenAI: with include_usage every chunk has a usage, null in all but the last.
         no_usage = '],"usage":null}\n\n' if generation.include_usage else "]}\n\n"
         try:
-            async for choices in self._choices(inflight):
-                tail = self._usage_tail(inflight) if generation.continuous_usage else no_usage
-                yield "".join([f"{head}{_ENCODE(choice)}{tail}" for choice in choices]).encode()
+            async with aclosing(self._choices(inflight)) as events:
+                async for choices in events:
+                    tail = self._usage_tail(inflight) if generation.continuous_usage else no_usage
+                    yield "".join([f"{head}{_ENCODE(choice)}{tail}" for choice in choices]).encode()
             if generation.include_usage:
                 yield f"{head}{self._usage_tail(inflight)}".encode()
         except JaxserveError as error:
@@ -89,23 +91,24 @@ class Answer:
             yield _error_event(internal_error())
         yield _DONE
 
-    async def _choices(self, inflight: InFlight) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _choices(self, inflight: InFlight) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The choices to send for each event, one a chunk."""
         generation = self._generation
         # Text that is held back makes no chunk of its own unless something else is to be shown.
         shows_tokens = generation.logprobs is not None or generation.return_token_ids
         writers: dict[tuple[int, int], ChoiceWriter] = {}
-        async for position, event in inflight.events():
-            self._keep_prompt(position, event)
-            choices: list[dict[str, Any]] = []
-            writer = writers.get((position, event.index))
-            if writer is None:
-                writer = writers[position, event.index] = self._writer(position, event.index)
-                choices = writer.opening(self._prompt_logprobs.get(position, ()))
-            if event.text or event.finish_reason is not None or (shows_tokens and event.token_ids):
-                choices.append(writer.piece(event))
-            if choices:
-                yield choices
+        async with aclosing(inflight.events()) as events:
+            async for position, event in events:
+                self._keep_prompt(position, event)
+                choices: list[dict[str, Any]] = []
+                writer = writers.get((position, event.index))
+                if writer is None:
+                    writer = writers[position, event.index] = self._writer(position, event.index)
+                    choices = writer.opening(self._prompt_logprobs.get(position, ()))
+                if event.text or event.finish_reason is not None or (shows_tokens and event.token_ids):
+                    choices.append(writer.piece(event))
+                if choices:
+                    yield choices
 
     def _best(self, sequences: Sequence[Collected]) -> Sequence[Collected]:
         """As many sequences as are to be shown; the most likely ones if there are more."""

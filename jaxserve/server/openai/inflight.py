@@ -7,7 +7,8 @@ whatever still runs; nothing is left in the engine when a client goes away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from jaxserve.core.errors import DeadlineError, EngineError, UnavailableError
@@ -93,7 +94,7 @@ class InFlight:
         self.usage = Usage(prompt_tokens=sum(len(request.prompt) for request in generation.requests))
         self.outcome = ABANDONED
 
-    async def events(self) -> AsyncIterator[tuple[int, TextEvent]]:
+    async def events(self) -> AsyncGenerator[tuple[int, TextEvent], None]:
         """Events of all requests as they come, each with its request's index.
 
         Raises:
@@ -102,17 +103,18 @@ class InFlight:
             UnavailableError: The server ended a sequence.
         """
         merged = _single(self._streams[0]) if len(self._streams) == 1 else _merged(self._streams)
-        async for position, event in merged:
-            self._observe(position, event)
-            if event.finish_reason is FinishReason.ERROR:
-                self.outcome = "error"
-                raise EngineError(event.error or "The engine failed.")
-            if event.finish_reason is FinishReason.ABORT:
-                self.outcome = "timeout" if self._expired else "ended by the server"
-                if self._expired:
-                    raise DeadlineError("The request took longer than the server allows; ask for fewer tokens.")
-                raise UnavailableError("The server ended the request before it was complete; send it again.")
-            yield position, event
+        async with aclosing(merged):
+            async for position, event in merged:
+                self._observe(position, event)
+                if event.finish_reason is FinishReason.ERROR:
+                    self.outcome = "error"
+                    raise EngineError(event.error or "The engine failed.")
+                if event.finish_reason is FinishReason.ABORT:
+                    self.outcome = "timeout" if self._expired else "ended by the server"
+                    if self._expired:
+                        raise DeadlineError("The request took longer than the server allows; ask for fewer tokens.")
+                    raise UnavailableError("The server ended the request before it was complete; send it again.")
+                yield position, event
         self.outcome = COMPLETE
 
     async def aclose(self) -> None:
@@ -159,12 +161,12 @@ class InFlight:
                 phases.on_finished(event.index)
 
 
-async def _single(stream: TextStream) -> AsyncIterator[tuple[int, TextEvent]]:
+async def _single(stream: TextStream) -> AsyncGenerator[tuple[int, TextEvent], None]:
     async for event in stream:
         yield 0, event
 
 
-async def _merged(streams: Sequence[TextStream]) -> AsyncIterator[tuple[int, TextEvent]]:
+async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[tuple[int, TextEvent], None]:
     """Events of several streams in the order they come."""
     queue: asyncio.Queue[tuple[int, TextEvent | None]] = asyncio.Queue()
 

@@ -176,8 +176,8 @@ def markdown() -> str:
     lines = [
         "# Request parameters",
         "",
-        "Generated from `jaxserve/server/openai/parameters.py`; `make docs` or "
-        "`python -m jaxserve.server.openai.parameters docs/parameters.md` writes it anew.",
+        "Generated from `jaxserve/server/openai/parameters.py` by "
+        "`python -m jaxserve.server.openai.parameters docs/parameters.md`.",
         "",
         "Every parameter is applied, or refused with a 400 that names it. A refused one is let through if it is null "
         "or has a value listed beside it. Unknown fields are refused. `null` always means the default.",

@@ -124,7 +124,8 @@ class ToolCall(Strict):
 class Message(Strict):
     """One message of a conversation; what it holds goes to the chat template.
 
-    `type` is what lm-eval adds to each message; it says nothing else than that the message is text.
+    `type` is what lm-eval adds to each message; it says nothing else than that the message is text. The fields that may
+    only be null stand in messages of earlier answers that clients send back.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -134,6 +135,9 @@ class Message(Strict):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
     type: Literal["text"] | None = None
 
 

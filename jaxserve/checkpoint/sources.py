@@ -36,6 +36,7 @@ from jaxserve.text.tokenizer import Tokenizer, tokenizer_from_folder
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RANDOM_PREFIX = "random:"
+_ORBAX_MARKS = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 
 
 class SourceKind(enum.StrEnum):
@@ -127,6 +128,11 @@ def _resolve_path(path: Path) -> CheckpointSource:
         return CheckpointSource(kind=SourceKind.GGUF, path=path, name=path.stem)
     if (path / "config.json").is_file():
         return CheckpointSource(kind=SourceKind.HF, path=path, name=path.name)
+    if any((path / name).exists() for name in _ORBAX_MARKS):
+        raise CheckpointError(
+            f"{path} is an Orbax checkpoint, which is not supported yet; give the Hugging Face folder or GGUF file "
+            "that it was made from."
+        )
     ggufs = sorted(path.glob("*.gguf"))
     hint = f"; to serve a GGUF file name it ({ggufs[0].name})" if ggufs else ""
     raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face folder{hint}.")

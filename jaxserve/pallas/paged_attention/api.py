@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.dispatch import Backend, select
-from jaxserve.pallas.paged_attention.cache import NARROW_LIMITS, WIDE_DTYPES
+from jaxserve.pallas.paged_attention.cache import FORMATS, format_of
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas.paged_attention.xla import paged_attention_xla
@@ -47,7 +47,7 @@ def paged_attention(
         q: [T, N, H]; N query heads, N / K of them to a KV head.
         k: [T, K, H].
         v: [T, K, H].
-        kv_pages: [P, page_size, 2 * K, H] in one of the dtypes of `cache`; int8 needs both scales.
+        kv_pages: [P, page_size, 2 * K, H] in one of the formats of `cache`; int8 needs both scales.
         batch: Sequences, pages and positions.
         layer: The layer's place in the pool, its sinks and its scales.
         config: Static facts about the model's attention.
@@ -91,9 +91,8 @@ def _check_pages(k: Array, kv_pages: Array, layer: AttentionLayer) -> None:
     wanted = (2 * k.shape[1], k.shape[2])
     if kv_pages.ndim != 4 or kv_pages.shape[2:] != wanted:
         raise ValueError(f"pages {kv_pages.shape} must be [P, page_size, {wanted[0]}, {wanted[1]}] to hold k {k.shape}")
-    dtypes = WIDE_DTYPES | set(NARROW_LIMITS)
-    if kv_pages.dtype.name not in dtypes:
-        raise ValueError(f"pages must be one of {', '.join(sorted(dtypes))}, not {kv_pages.dtype}")
+    if format_of(kv_pages.dtype) not in FORMATS:
+        raise ValueError(f"pages must hold one of {', '.join(FORMATS)}, not {kv_pages.dtype}")
     if kv_pages.dtype == jnp.int8 and (layer.k_scale is None or layer.v_scale is None):
         raise ValueError("int8 pages need k_scale and v_scale")
 

@@ -1,7 +1,11 @@
 """Keys and values in the pool: how a value becomes an element of a page, gets to its place, and comes back.
 
-A page holds `x / scale` in the pool's dtype. Narrow formats saturate, so an outlier costs precision and never becomes
-NaN or wraps around; integers are rounded to the nearest.
+A page holds `x / scale` in the pool's number format. Narrow formats saturate, so an outlier costs precision and never
+becomes NaN or wraps around; integers are rounded to the nearest.
+
+The pool's array may hold the format's bits as unsigned integers: uint16 is bfloat16, uint8 is float8_e4m3fn. On the CPU
+that is how it should be (`storage_dtype`), for XLA there updates small floats by converting the whole pool to a wider
+type and back, every time; integers it updates in place.
 """
 
 from __future__ import annotations
@@ -9,15 +13,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionLayer, RaggedBatch
 
-WIDE_DTYPES = frozenset({"float32", "bfloat16", "float16"})
+FORMATS: Mapping[str, float | None] = MappingProxyType(
+    {
+        "float32": None,
+        "bfloat16": None,
+        "float16": None,
+        "float8_e4m3fn": 448.0,
+        "float8_e5m2": 57344.0,
+        "int8": 127.0,
+    }
+)
+"""Number formats of the pool, with the largest magnitude stored by those that saturate."""
 
-NARROW_LIMITS: Mapping[str, float] = MappingProxyType({"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0})
-"""The largest magnitude that each narrow format stores."""
+BITS: Mapping[str, str] = MappingProxyType({"uint16": "bfloat16", "uint8": "float8_e4m3fn"})
+"""Integer dtypes that hold the bits of a format."""
+
+
+def storage_dtype(kv_format: str, platform: str) -> jnp.dtype:
+    """The dtype a pool's array should have to be updated in place.
+
+    Args:
+        kv_format: One of FORMATS.
+        platform: Where the pool lives: "cpu", "tpu" or "gpu".
+    """
+    holders = {held: holder for holder, held in BITS.items()}
+    return jnp.dtype(holders.get(kv_format, kv_format) if platform == "cpu" else kv_format)
+
+
+def format_of(dtype: jnp.dtype) -> str:
+    """The number format of a pool whose array has a dtype."""
+    return BITS.get(dtype.name, dtype.name)
 
 
 def encode(x: Float[Array, "*shape"], scale: Float[Array, ""] | None, dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
@@ -26,20 +57,21 @@ def encode(x: Float[Array, "*shape"], scale: Float[Array, ""] | None, dtype: jnp
     Args:
         x: Keys or values.
         scale: Divides them, or None.
-        dtype: The pool's; one of WIDE_DTYPES or NARROW_LIMITS.
+        dtype: The pool array's.
     """
     if scale is not None:
         x = x.astype(jnp.float32) / scale
-    if dtype.name in WIDE_DTYPES:
-        return x.astype(dtype)
-    limit = NARROW_LIMITS[dtype.name]
-    x = jnp.clip(x.astype(jnp.float32), -limit, limit)
-    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype)
+    limit = FORMATS[format_of(dtype)]
+    if limit is not None:
+        x = jnp.clip(x.astype(jnp.float32), -limit, limit)
+    if dtype == jnp.int8:
+        x = jnp.round(x)
+    return jax.lax.bitcast_convert_type(x.astype(format_of(dtype)), dtype)
 
 
 def decode(x: Shaped[Array, "*shape"], scale: Float[Array, ""] | None) -> Float[Array, "*shape"]:
     """Turns elements of the pool into float32 values; undoes `encode` up to rounding."""
-    values = x.astype(jnp.float32)
+    values = jax.lax.bitcast_convert_type(x, jnp.dtype(format_of(x.dtype))).astype(jnp.float32)
     return values if scale is None else values * scale
 
 

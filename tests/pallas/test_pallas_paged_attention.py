@@ -1,0 +1,282 @@
+"""Conformance of every paged-attention backend: right answers, nothing read or written that must not be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_attention_cases import SHAPES, Case, Length, Shape, build, from_pool, oracle, to_pool, tolerance
+
+from jaxserve.pallas.dispatch import Backend
+from jaxserve.pallas.paged_attention.api import BACKENDS, AttentionConfig, paged_attention
+from jaxserve.pallas.paged_attention.cache import storage_dtype
+
+PLAIN = AttentionConfig(scale=0.25, sliding_window=None, soft_cap=None)
+WINDOW = AttentionConfig(scale=0.25, sliding_window=5, soft_cap=None)
+CAP = AttentionConfig(scale=0.5, sliding_window=None, soft_cap=1.5)
+ALL = AttentionConfig(scale=0.3, sliding_window=7, soft_cap=2.0)
+
+MIXED = (Length(cached=9, new=1), Length(cached=0, new=1), Length(cached=5, new=4), Length(cached=0, new=6))
+
+# Kernels for accelerators join this list on machines that have them.
+backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in (Backend.REFERENCE, Backend.XLA)])
+
+
+@functools.cache
+def compiled(backend: Backend, config: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    return jax.jit(functools.partial(paged_attention, config=config, backend=backend), donate_argnums=3)
+
+
+def run(case: Case, config: AttentionConfig, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    arrays = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_pages))
+    out, kv_pages = compiled(backend, config)(*arrays, case.batch(), case.layer())
+    return np.asarray(out), np.asarray(kv_pages)
+
+
+def check(case: Case, config: AttentionConfig, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    out, kv_pages = run(case, config, backend)
+    assert out.dtype == case.q.dtype
+    assert out.shape == case.q.shape
+    check_pool(case, kv_pages)
+    expected = oracle(case, kv_pages, config)
+    np.testing.assert_allclose(out.astype(np.float64), expected, rtol=0, atol=tolerance(case))
+    assert not out[case.num_tokens :].any()
+    return out, kv_pages
+
+
+def check_pool(case: Case, kv_pages: np.ndarray) -> None:
+    """New tokens stand where they belong, up to one rounding; no other byte has changed."""
+    written = np.zeros(kv_pages.shape[:2], bool)
+    for s, rows in enumerate(case.rows()):
+        places = case.places(s, range(case.lengths[s].cached, case.lengths[s].context))
+        written[places] = True
+        for new, scale, offset in ((case.k, case.k_scale, 0), (case.v, case.v_scale, 1)):
+            wanted = new[rows].astype(np.float32) / (np.float32(1) if scale is None else scale)
+            got = from_pool(kv_pages[places][:, offset::2])
+            exact = from_pool(to_pool(wanted, kv_pages.dtype))
+            # A scaled quotient may round to the neighbouring element; an unscaled one must be exact.
+            slack = 0.0 if scale is None else 1.01 if kv_pages.dtype == np.int8 else 0.13 * np.abs(exact) + 2**-9
+            assert np.all(np.abs(got - exact) <= slack)
+    before, after = case.kv_pages[~written], kv_pages[~written]
+    assert before.tobytes() == after.tobytes()
+
+
+@st.composite
+def ragged(draw: st.DrawFn, shape: Shape) -> tuple[Length, ...]:
+    """Any batch that fits the shape: decodes first, then chunks, possibly none of either."""
+    num_seqs = draw(st.integers(0, shape.max_seqs))
+    num_decodes = draw(st.integers(0, num_seqs))
+    left = shape.max_tokens
+    lengths = []
+    for s in range(num_seqs):
+        after = num_seqs - s - 1
+        new = 1 if s < num_decodes else draw(st.integers(1, min(left - after, shape.max_context)))
+        left -= new
+        lengths.append(Length(cached=draw(st.integers(0, shape.max_context - new)), new=new))
+    return tuple(lengths)
+
+
+@backends
+@pytest.mark.parametrize("config", [PLAIN, ALL], ids=["plain", "all"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_random_ragged_batches(backend: Backend, config: AttentionConfig, data: st.DataObject) -> None:
+    shape = SHAPES["gqa3"]
+    lengths = data.draw(ragged(shape))
+    seed = data.draw(st.integers(0, 2**16))
+    case = build(shape, lengths, sinks=config is ALL, share=data.draw(st.integers(0, 2)), seed=seed)
+    check(case, config, backend)
+
+
+@backends
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "long"])
+def test_shapes(backend: Backend, name: str) -> None:
+    shape = SHAPES[name]
+    lengths = [Length(cached=min(x.cached, shape.max_context - x.new), new=x.new) for x in MIXED[: shape.max_seqs]]
+    for seed in range(3):
+        check(build(shape, lengths, seed=seed), PLAIN, backend)
+
+
+@backends
+@pytest.mark.parametrize("config", [PLAIN, WINDOW, CAP], ids=["plain", "window", "cap"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no_sinks", "sinks"])
+def test_features(backend: Backend, config: AttentionConfig, sinks: bool) -> None:
+    for seed in range(3):
+        check(build(SHAPES["gqa3"], MIXED, sinks=sinks, seed=seed), config, backend)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "scales"),
+    [
+        ("float32", "bfloat16", False),
+        ("bfloat16", "bfloat16", False),
+        ("float32", "float8_e4m3fn", False),
+        ("bfloat16", "float8_e4m3fn", True),
+        ("float32", "uint16", False),
+        ("bfloat16", "uint16", True),
+        ("bfloat16", "uint8", True),
+        ("bfloat16", "int8", True),
+    ],
+)
+def test_dtypes(backend: Backend, dtype: str, kv_dtype: str, scales: bool) -> None:
+    for seed in range(3):
+        case = build(SHAPES["gqa3"], MIXED, dtype=dtype, kv_dtype=kv_dtype, scales=scales, sinks=True, seed=seed)
+        check(case, ALL, backend)
+
+
+@backends
+@pytest.mark.parametrize(("kv_format", "bits"), [("bfloat16", "uint16"), ("float8_e4m3fn", "uint8")])
+def test_a_format_and_its_bits_are_the_same(backend: Backend, kv_format: str, bits: str) -> None:
+    out, kv_pages = run(build(SHAPES["gqa3"], MIXED, kv_dtype=kv_format, scales=True), PLAIN, backend)
+    out_of_bits, kv_bits = run(build(SHAPES["gqa3"], MIXED, kv_dtype=bits, scales=True), PLAIN, backend)
+    np.testing.assert_array_equal(out, out_of_bits)
+    np.testing.assert_array_equal(from_pool(kv_pages), from_pool(kv_bits))
+
+
+@backends
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "uint8", "int8"])
+def test_narrow_formats_saturate(backend: Backend, kv_dtype: str) -> None:
+    case = build(SHAPES["gqa3"], MIXED, kv_dtype=kv_dtype, scales=True)
+    case.k[0, 0, 0], case.v[0, 0, 0] = 1e6, -1e6
+    _, kv_pages = check(case, PLAIN, backend)
+    limit = 127 if kv_dtype == "int8" else 448
+    first = from_pool(kv_pages[case.places(0, [case.lengths[0].cached])])[0]
+    assert first[0, 0] == limit
+    assert first[1, 0] == -limit
+
+
+@backends
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_output_does_not_depend_on_what_must_not_be_read(backend: Backend, kv_dtype: str) -> None:
+    outs = [
+        run(build(SHAPES["gqa3"], MIXED, kv_dtype=kv_dtype, scales=True, poison_seed=seed), PLAIN, backend)[0]
+        for seed in range(3)
+    ]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+
+
+@backends
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (),
+        (Length(cached=0, new=1),),
+        (Length(cached=31, new=1),) * 5,
+        (Length(cached=0, new=24),),
+        (Length(cached=8, new=24),),
+        (Length(cached=7, new=2), Length(cached=8, new=8), Length(cached=15, new=14)),
+        # One-token chunks after longer ones are not decodes.
+        (Length(cached=3, new=1), Length(cached=0, new=3), Length(cached=12, new=1)),
+    ],
+    ids=["empty", "one_token", "full_decodes", "full_prefill", "full_context", "page_borders", "late_single"],
+)
+def test_edges(backend: Backend, lengths: Sequence[Length]) -> None:
+    check(build(SHAPES["gqa3"], lengths, seed=3), PLAIN, backend)
+
+
+@backends
+def test_chunks_that_could_be_decodes_may_be_declared_chunks(backend: Backend) -> None:
+    case = build(SHAPES["gqa3"], (Length(cached=9, new=1), Length(cached=4, new=1)))
+    arrays = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_pages)]
+    batch = jax.tree.map(lambda x: x, case.batch())
+    object.__setattr__(batch, "num_decodes", jnp.int32(0))
+    out, _ = jax.jit(functools.partial(paged_attention, config=PLAIN, backend=backend))(*arrays, batch, case.layer())
+    expected, _ = run(case, PLAIN, backend)
+    np.testing.assert_allclose(np.asarray(out), expected, rtol=0, atol=tolerance(case))
+
+
+@backends
+@pytest.mark.parametrize("window", [None, 1, 100, 10_000])
+def test_long_contexts_and_chunks(backend: Backend, window: int | None) -> None:
+    lengths = (
+        Length(cached=0, new=1),
+        Length(cached=63, new=1),
+        Length(cached=64, new=1),
+        Length(cached=719, new=1),
+        *(Length(cached=17 * i, new=1) for i in range(5)),
+        Length(cached=255, new=65),
+        Length(cached=590, new=125),
+    )
+    config = AttentionConfig(scale=0.2, sliding_window=window, soft_cap=None)
+    check(build(SHAPES["long"], lengths, sinks=window == 100, share=3, seed=window or 0), config, backend)
+
+
+@backends
+def test_large_logits_do_not_overflow(backend: Backend) -> None:
+    config = AttentionConfig(scale=1e4, sliding_window=None, soft_cap=None)
+    check(build(SHAPES["gqa3"], MIXED, sinks=True), config, backend)
+
+
+@backends
+def test_chunked_prefill_equals_one_go(backend: Backend) -> None:
+    """The same prompt in one chunk, or in three steps that read what earlier ones wrote."""
+    shape = SHAPES["gqa3"]
+    whole = build(shape, (Length(cached=0, new=20),))
+    expected, pool_at_once = run(whole, PLAIN, backend)
+    kv_pages, outs, start = whole.kv_pages, [], 0
+    for new in (7, 1, 12):
+        rows = np.r_[start : start + new]
+
+        def padded(x: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            out = np.full_like(x, np.nan)
+            out[: len(rows)] = x[rows]
+            return out
+
+        step = Case(
+            q=padded(whole.q),
+            k=padded(whole.k),
+            v=padded(whole.v),
+            kv_pages=kv_pages,
+            page_table=whole.page_table,
+            lengths=(Length(cached=start, new=new),),
+            layer_offset=whole.layer_offset,
+            sinks=None,
+            k_scale=None,
+            v_scale=None,
+        )
+        out, kv_pages = run(step, PLAIN, backend)
+        outs.append(out[:new])
+        start += new
+    np.testing.assert_allclose(np.concatenate(outs), expected[:20], rtol=0, atol=tolerance(whole))
+    assert kv_pages.tobytes() == pool_at_once.tobytes()
+
+
+@backends
+@pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_donated_pool_is_changed_in_place(backend: Backend, kv_format: str) -> None:
+    dtype = storage_dtype(kv_format, jax.default_backend())
+    case = build(SHAPES["gqa3"], MIXED, kv_dtype=dtype.name, scales=True)
+    q, k, v = (jnp.asarray(x) for x in (case.q, case.k, case.v))
+    big = jax.ShapeDtypeStruct((100_000, *case.kv_pages.shape[1:]), dtype)
+    stats = compiled(backend, PLAIN).lower(q, k, v, big, case.batch(), case.layer()).compile().memory_analysis()
+    pool_bytes = int(np.prod(big.shape)) * dtype.itemsize
+    assert stats.alias_size_in_bytes == pool_bytes
+    assert stats.temp_size_in_bytes < pool_bytes / 50
+
+
+def test_reference_agrees_with_the_ragged_paged_attention_of_jax() -> None:
+    kernel = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
+    case = build(SHAPES["gqa3"], MIXED[:3])
+    out, kv_pages = run(case, ALL, Backend.REFERENCE)
+    batch = case.batch()
+    with jax.numpy_dtype_promotion("standard"):
+        expected = kernel.ref_ragged_paged_attention(
+            jnp.asarray(case.q),
+            jnp.asarray(kv_pages),
+            batch.context_lens,
+            batch.page_table + case.layer_offset,
+            batch.query_starts,
+            batch.num_seqs[None],
+            sm_scale=ALL.scale,
+            sliding_window=ALL.sliding_window,
+            soft_cap=ALL.soft_cap,
+        )
+    np.testing.assert_allclose(out[: case.num_tokens], expected, rtol=0, atol=tolerance(case))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any, Protocol, runtime_checkable
 
 import pytest
 
@@ -18,13 +19,24 @@ from jaxserve.engine.api import Engine, Health
 PROMPT = (10, 11, 12, 13)
 
 
-def make_request(request_id: str = "r", *, prompt: tuple[int, ...] = PROMPT, n: int = 1, **sampling: object) -> Request:
+@runtime_checkable
+class Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+def make_request(request_id: str = "r", *, prompt: tuple[int, ...] = PROMPT, n: int = 1, **sampling: Any) -> Request:
     params = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling
-    return Request(request_id=request_id, prompt=prompt, n=n, sampling=SamplingParams(**params))  # type: ignore[arg-type]
+    return Request(request_id=request_id, prompt=prompt, n=n, sampling=SamplingParams(**params))
 
 
 async def collect(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
     return [event async for event in events]
+
+
+async def close(events: AsyncIterator[TokenEvent]) -> None:
+    """Closes a stream early."""
+    assert isinstance(events, Closable)
+    await events.aclose()
 
 
 async def run(engine: Engine, request: Request) -> list[TokenEvent]:
@@ -142,7 +154,8 @@ class EngineConformance:
             assert [entry.token_id for entry in event.logprobs] == list(event.token_ids)
             for entry in event.logprobs:
                 assert len(entry.top) == 3
-                assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob, abs=1e-4))
+                assert entry.top[0][0] == entry.token_id
+                assert entry.top[0][1] == pytest.approx(entry.logprob, abs=1e-4)
                 assert [value for _, value in entry.top] == sorted((v for _, v in entry.top), reverse=True)
                 assert entry.logprob <= 0
                 assert entry.rank == 1
@@ -182,11 +195,9 @@ class EngineConformance:
             ({"n": 0}, "n"),
         ],
     )
-    async def test_invalid_requests_raise_at_the_call(
-        self, engine: Engine, change: dict[str, object], param: str
-    ) -> None:
+    async def test_invalid_requests_raise_at_the_call(self, engine: Engine, change: dict[str, Any], param: str) -> None:
         with pytest.raises(InvalidRequestError) as caught:
-            engine.stream(make_request(**change))  # type: ignore[arg-type]
+            engine.stream(make_request(**change))
         assert caught.value.param == param
         assert len(tokens(await run(engine, make_request()))) == 8
 
@@ -236,14 +247,14 @@ class EngineConformance:
     async def test_aclose_aborts(self, engine: Engine) -> None:
         stream = engine.stream(make_request(max_tokens=50))
         await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await close(stream)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
         await until_idle(engine)
 
     async def test_aclose_of_an_unread_stream_aborts(self, engine: Engine) -> None:
         stream = engine.stream(make_request(max_tokens=50))
-        await stream.aclose()  # type: ignore[attr-defined]
+        await close(stream)
         await until_idle(engine)
         assert len(tokens(await run(engine, make_request()))) == 8
 
@@ -253,7 +264,7 @@ class EngineConformance:
         await asyncio.sleep(0)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await close(stream)
         await until_idle(engine)
 
     async def test_id_can_be_used_again(self, engine: Engine) -> None:

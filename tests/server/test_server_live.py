@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 from server_harness import (
     CHAT,
     COMPLETIONS,
@@ -34,7 +34,7 @@ from server_harness import (
 from jaxserve.core.errors import ConfigError
 from jaxserve.server.lifecycle import listen
 
-MESSAGES = [{"role": "user", "content": "A"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "A"}]
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ class TestOpenAIClient:
             max_completion_tokens=4,
             logprobs=True,
             top_logprobs=2,
-            n=2,  # type: ignore[arg-type]
+            n=2,
         )
         ChatCompletion.model_validate(answer.model_dump(), strict=True)
         assert [choice.message.content for choice in answer.choices] == ['!"#$'] * 2
@@ -155,7 +155,7 @@ class TestOpenAIClient:
             messages=MESSAGES,
             max_tokens=4,
             stream=True,
-            stream_options={"include_usage": True},  # type: ignore[arg-type]
+            stream_options={"include_usage": True},
         )
         chunks = [chunk async for chunk in stream]
         for chunk in chunks:
@@ -165,7 +165,7 @@ class TestOpenAIClient:
         assert chunks[-1].usage.total_tokens == 7
 
     async def test_chat_stream_helper(self, client: openai.AsyncOpenAI) -> None:
-        async with client.chat.completions.stream(model="fake", messages=MESSAGES, stop="%") as stream:  # type: ignore[arg-type]
+        async with client.chat.completions.stream(model="fake", messages=MESSAGES, stop="%") as stream:
             final = await stream.get_final_completion()
         assert final.choices[0].message.content == '!"#$'
 
@@ -181,7 +181,7 @@ class TestOpenAIClient:
 
     async def test_errors(self, client: openai.AsyncOpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(model="fake", messages=MESSAGES, n=0)  # type: ignore[arg-type]
+            await client.chat.completions.create(model="fake", messages=MESSAGES, n=0)
         assert caught.value.param == "n"
         assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.NotFoundError) as missing:
@@ -202,7 +202,7 @@ class TestOpenAIClient:
     async def test_sync_client(self, server: LiveServer) -> None:
         def talk() -> tuple[str | None, str]:
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-                answer = client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=4)  # type: ignore[arg-type]
+                answer = client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=4)
                 stream = client.completions.create(model="fake", prompt="A", max_tokens=4, stream=True)
                 return answer.choices[0].message.content, "".join(chunk.choices[0].text for chunk in stream)
 

@@ -20,7 +20,7 @@ from jaxserve.engine.fake import FakeEngine
 from jaxserve.server.openai import parameters, schema
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, PARAMETERS, TOKENIZE
 
-MODELS = {
+MODELS: dict[str, type[schema.Body]] = {
     CHAT: schema.ChatBody,
     COMPLETIONS: schema.CompletionBody,
     TOKENIZE: schema.TokenizeBody,
@@ -96,8 +96,8 @@ class TestTable:
             (COMPLETIONS, completion_create_params.CompletionCreateParamsStreaming),
         ],
     )
-    def test_all_of_openai_is_listed(self, route: str, typed_dict: type) -> None:
-        names = typed_dict.__required_keys__ | typed_dict.__optional_keys__  # type: ignore[attr-defined]
+    def test_all_of_openai_is_listed(self, route: str, typed_dict: Any) -> None:
+        names = typed_dict.__required_keys__ | typed_dict.__optional_keys__
         assert names
         assert names <= {p.name for p in PARAMETERS if route in p.endpoints}
 

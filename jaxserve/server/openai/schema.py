@@ -7,7 +7,7 @@ are refused. Everywhere `null` means the default.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -20,7 +20,9 @@ MAX_STOP_STRINGS = 64
 Prompt = str | tuple[int, ...]
 """One prompt, as text or as token ids."""
 
-_PROMPT_FORMS = "must be a text, a list of texts, a list of token ids, or a list of lists of token ids, and not empty"
+_PROMPT_FORMS: Final = (
+    "must be a text, a list of texts, a list of token ids, or a list of lists of token ids, and not empty"
+)
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
@@ -34,7 +36,7 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
             return tuple(value)
         if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
             return tuple(tuple(item) for item in value)
-    raise PydanticCustomError("prompt_form", _PROMPT_FORMS)  # type: ignore[arg-type, unused-ignore]
+    raise PydanticCustomError("prompt_form", _PROMPT_FORMS)
 
 
 Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]

@@ -349,6 +349,16 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
 
 
+CLUSTER_VARIABLES = ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
+"""What GKE and a LeaderWorkerSet tell a pod about the slice it is part of."""
+
+
+def cluster_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those of `CLUSTER_VARIABLES` that are set."""
+    environ = os.environ if environ is None else environ
+    return {name: environ[name] for name in CLUSTER_VARIABLES if environ.get(name)}
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

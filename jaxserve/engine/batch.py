@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 from numpy.typing import NDArray
 
-from jaxserve.engine.scheduler import ScheduledStep
 from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.steps import ScheduledSequence, ScheduledStep
 from jaxserve.pallas.paged_attention.api import RaggedBatch
+
+HostOrDevice: TypeAlias = Array | NDArray[np.int32] | jax.ShapeDtypeStruct
+"""Int32 arrays: made on the host, traced in the program, abstract when it is compiled."""
 
 FLAG_SAMPLES = 1
 FLAG_PROMPT_LOGPROBS = 2
@@ -67,13 +70,18 @@ class Buckets:
         """Every bucket once."""
         return tuple(dict.fromkeys((*self.decode, *self.mixed)))
 
-    def choose(self, num_tokens: int, num_seqs: int) -> Bucket:
+    def choose(self, num_tokens: int, num_seqs: int, *, scores_prompt: bool = False) -> Bucket:
         """The smallest bucket that holds a step.
+
+        Args:
+            num_tokens: Tokens of the step.
+            num_seqs: Its sequences.
+            scores_prompt: Whether prompt tokens must be scored, which decode-only programs do not do.
 
         Raises:
             ValueError: None does; the scheduler's limits and the buckets disagree.
         """
-        if num_tokens == num_seqs:
+        if num_tokens == num_seqs and not scores_prompt:
             index = bisect_left(self.decode, (num_tokens, num_seqs))
             if index < len(self.decode):
                 return self.decode[index]
@@ -89,9 +97,9 @@ class StepInput:
     """What the host sends for a step."""
 
     # [4 S + 2]; context_lens, query_lens, slots, flags, then num_seqs and num_decodes
-    packed: Int32[Array, " packed"] | NDArray[np.int32]
+    packed: HostOrDevice
     # [S, pages_per_seq]
-    page_table: Int32[Array, "S pages_per_seq"] | NDArray[np.int32]
+    page_table: HostOrDevice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +167,10 @@ class BatchBuilder:
         """Packs a step into fresh arrays: a dispatched program may still read those of the step before."""
         items = step.items
         count = len(items)
-        bucket = self._buckets.choose(step.num_tokens, count)
+        flags = [_flags(item) for item in items]
+        bucket = self._buckets.choose(
+            step.num_tokens, count, scores_prompt=any(flag & FLAG_PROMPT_LOGPROBS for flag in flags)
+        )
         size = bucket.num_seqs
         packed = np.zeros(4 * size + 2, np.int32)
         rows = packed[: 4 * size].reshape(4, size)
@@ -168,18 +179,16 @@ class BatchBuilder:
         rows[0, :count] = [item.start + item.num_tokens for item in items]
         rows[1, :count] = [item.num_tokens for item in items]
         rows[2, :count] = slots
-        rows[3, :count] = [_flags(item.samples, item.sequence) for item in items]
+        rows[3, :count] = flags
         packed[4 * size] = count
         packed[4 * size + 1] = step.num_decodes
-        for item in items:
-            if item.new_pages:
-                first = item.first_page_index
-                self._table[item.slot, first : first + len(item.new_pages)] = item.new_pages
+        self._table[slots, [item.page_index for item in items]] = [item.page for item in items]
         table = np.zeros((size, self._table.shape[1]), np.int32)
         np.take(self._table, slots, axis=0, out=table[:count], mode="clip")
         return bucket, StepInput(packed=packed, page_table=table)
 
 
-def _flags(samples: bool, sequence: Sequence) -> int:
-    wanted = sequence.prompt_logprobs is not None
-    return (FLAG_SAMPLES if samples else 0) | (FLAG_PROMPT_LOGPROBS if wanted else 0)
+def _flags(item: ScheduledSequence) -> int:
+    sequence = item.sequence
+    scores = sequence.prompt_logprobs is not None and item.start + 1 < sequence.num_prompt
+    return (FLAG_SAMPLES if item.samples else 0) | (FLAG_PROMPT_LOGPROBS if scores else 0)

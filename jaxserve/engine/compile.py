@@ -23,7 +23,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """What JAX reports each time it makes or loads an executable."""
 
 Executables: TypeAlias = Mapping[tuple[str, str], Any]
-Progress: TypeAlias = Callable[[int, int], None]
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def enable_persistent_cache(folder: Path) -> None:
@@ -40,7 +40,7 @@ def compile_programs(programs: list[Program], *, num_threads: int, progress: Pro
     Args:
         programs: What to compile.
         num_threads: How many are compiled at once.
-        progress: Called with (done, total) after each.
+        progress: Called with ("compile", done, total) after each.
 
     Returns:
         (name, bucket) -> the executable.
@@ -52,11 +52,11 @@ def compile_programs(programs: list[Program], *, num_threads: int, progress: Pro
         for done, (key, future) in enumerate(futures.items(), start=1):
             executables[key] = future.result()
             if progress is not None:
-                progress(done, len(programs))
+                progress("compile", done, len(programs))
     return executables
 
 
-def _compile(program: Program) -> Any:  # noqa: ANN401
+def _compile(program: Program) -> Any:  # noqa: ANN401 - JAX does not export the type
     return program.function.lower(*program.args).compile()
 
 
@@ -81,7 +81,7 @@ class CompileCounter:
             self.active = False
             monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, duration_s: float, **_: str | int) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE_EVENT:
             self.count += 1
-            self.seconds += duration_s
+            self.seconds += duration_secs

@@ -27,7 +27,8 @@ from jaxserve.core.types import Request, TokenEvent
 from jaxserve.engine.api import EngineInfo, EngineStats, Health
 from jaxserve.engine.mailbox import EventStream, put_all
 from jaxserve.engine.runner import Runner, StepHandle
-from jaxserve.engine.scheduler import ScheduledStep, Scheduler
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.steps import ScheduledStep
 from jaxserve.sampling.validate import SamplingLimits, validate_sampling
 
 logger = logging.getLogger(__name__)

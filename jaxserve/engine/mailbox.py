@@ -1,4 +1,4 @@
-"""The stream of one request's events: an engine fills it, one coroutine reads it, closing it early aborts the request."""
+"""The stream of one request's events: an engine fills it, one coroutine reads it, closing it early aborts it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+from jaxserve.core.types import SamplingParams
 from jaxserve.engine.batch import Bucket, Buckets, StepInput, Unpacked, unpack
 from jaxserve.kv.pool import PoolLayout, copy_pages
 from jaxserve.models.decoder import Blueprint, Decoder
@@ -87,7 +88,10 @@ class Replica:
         """The sampler's state before it exists."""
         sharding = replicated(self.mesh)
         shapes = jax.eval_shape(lambda: init_state(self.max_num_seqs, self.limits))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+        state: SamplingState = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        )
+        return state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,8 @@ def _score_prompt(
 
     def score(_: None) -> SampleOutput:
         scored = jax.lax.map(lambda block: prompt_logprobs(model.logits(block[0]), block[1]), (blocks, targets))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tokens], scored)
+        flat: SampleOutput = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tokens], scored)
+        return flat
 
     output: SampleOutput = jax.lax.cond(wanted, score, lambda _: no_logprobs(following), None)
     return output
@@ -202,10 +207,8 @@ def programs(replica: Replica) -> list[Program]:
 
 def admission_words(replica: Replica) -> int:
     """Length of the vector that loads a slot."""
-    from jaxserve.core.types import SamplingParams
-
     return int(np.size(admission(SamplingParams(), (), 0, 0, replica.limits)))
 
 
-def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401
+def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form
     return jax.jit(function, donate_argnums=donate, out_shardings=out)

@@ -15,12 +15,11 @@ from typing import Protocol
 import jax
 import numpy as np
 from jaxtyping import Array
-from numpy.typing import NDArray
 
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.compile import Executables
 from jaxserve.engine.programs import COPY_BATCH, Replica, StepOutput
-from jaxserve.engine.scheduler import ScheduledStep, StepResult
+from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
 from jaxserve.sampling.logprobs import SampleOutput
 from jaxserve.sampling.state import admission
 
@@ -72,8 +71,8 @@ class DeviceStep:
         )
 
 
-def _host(output: SampleOutput) -> dict[str, NDArray[np.generic]]:
-    return {name: np.asarray(value) for name, value in vars(output).items()}
+def _host(output: SampleOutput) -> LogprobTable:
+    return LogprobTable.of({name: np.asarray(value) for name, value in vars(output).items()})
 
 
 class DeviceRunner:

@@ -25,9 +25,10 @@ from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache
 from jaxserve.engine.loop import LocalEngine, StepObserver
+from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.programs import Replica, programs
 from jaxserve.engine.runner import DeviceRunner
-from jaxserve.engine.scheduler import Scheduler, SchedulerConfig
+from jaxserve.engine.scheduler import Scheduler
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout
 from jaxserve.models.decoder import Blueprint
@@ -71,7 +72,7 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         cache_dir=config.cache_dir or cache_dir(),
         presets_dir=default_presets_dir(),
         offline=config.offline,
-        progress=None if progress is None else lambda done, total: progress("download", done, total),
+        progress=progress,
     )
     tokenizer = load_tokenizer(source)
     template = tokenizer.chat_template
@@ -208,9 +209,6 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
 def _load_and_compile(
     model: Model, replica: Replica, progress: Progress | None
 ) -> tuple[Mapping[str, Array], Executables]:
-    def report(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(
             load_params,
@@ -218,9 +216,9 @@ def _load_and_compile(
             model.spec,
             replica.blueprint.params(),
             mesh=replica.mesh,
-            progress=report("load"),
+            progress=progress,
         )
-        executables = compile_programs(programs(replica), num_threads=2, progress=report("compile"))
+        executables = compile_programs(programs(replica), num_threads=2, progress=progress)
         return loading.result(), executables
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
 from jaxserve.pallas.paged_attention.api import AttentionLayer, RaggedBatch
 from jaxserve.sharding.rules import constrain
+
+Carry: TypeAlias = tuple[Array, Array]
+"""Residual stream and pool, from layer to layer."""
 
 STACK = "layers"
 """Logical axis, and path prefix, of the parameters that have one entry a layer."""
@@ -102,7 +106,7 @@ class Decoder(nnx.Module):
         turns = rotation(spec.rope, spec.head_dim, batch.positions)
         graph, stacked = nnx.split(self.layers)
 
-        def step(carry: tuple[Array, Array], scanned: tuple[nnx.State, Array]) -> tuple[tuple[Array, Array], None]:
+        def step(carry: Carry, scanned: tuple[nnx.State[Any, Any], Array]) -> tuple[Carry, None]:
             x, pages = carry
             params, index = scanned
             layer = AttentionLayer(page_offset=index * num_pages)
@@ -136,7 +140,7 @@ class Blueprint:
     """
 
     graph: nnx.GraphDef[Decoder]
-    state: nnx.State
+    state: nnx.State[Any, Any]
 
     @classmethod
     def of(

@@ -55,7 +55,8 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array
     """Pins an activation inside a jitted function to the split its logical axes ask for."""
     if mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, sharding_for(axes, x.shape, mesh))
+    pinned: jax.Array = jax.lax.with_sharding_constraint(x, sharding_for(axes, x.shape, mesh))
+    return pinned
 
 
 def kv_repeat(num_heads: int, num_kv_heads: int, mesh: Mesh) -> int:

@@ -23,12 +23,12 @@ class Rotation(NamedTuple):
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> NDArray[np.float32]:
     """Radians a position for each pair of a head's dimensions, [H / 2]."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(spec.theta), exponents)).astype(np.float32)
+    frequencies: NDArray[np.float32] = (1.0 / np.power(np.float32(spec.theta), exponents)).astype(np.float32)
     match spec.scaling:
         case None:
             return frequencies
         case LinearRopeScaling(factor=factor):
-            return (frequencies / np.float32(factor)).astype(np.float32)
+            return frequencies / np.float32(factor)
         case Llama3RopeScaling() as scaling:
             return _llama3(frequencies, scaling)
 

@@ -25,6 +25,9 @@ PREFILL_BLOCK = 256
 MASKED = -1e30
 """A logit that counts for nothing; finite, so that a row without any context stays free of NaN."""
 
+FAR = (1 << 31) - 1
+"""A position no sequence reaches."""
+
 Scalar: TypeAlias = Int32[Array, ""]
 Grouped: TypeAlias = Float[Array, "T K G H"]
 
@@ -104,7 +107,8 @@ def _attend_decodes(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedB
         return _put(out, result, alive, first)
 
     num_groups = (batch.num_decodes + (rows - 1)) // rows
-    return jax.lax.fori_loop(0, num_groups, group, out)
+    attended: Grouped = jax.lax.fori_loop(0, num_groups, group, out)
+    return attended
 
 
 def _attend_chunks(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedBatch) -> Grouped:
@@ -126,9 +130,12 @@ def _attend_chunks(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedBa
             result = result.reshape(kv_heads, QUERY_TILE, group_size, head_dim).transpose(1, 0, 2, 3)
             return _put(out, result, alive, first)
 
-        return jax.lax.fori_loop(0, (stop - start + (QUERY_TILE - 1)) // QUERY_TILE, tile, out)
+        num_tiles = (stop - start + (QUERY_TILE - 1)) // QUERY_TILE
+        attended: Grouped = jax.lax.fori_loop(0, num_tiles, tile, out)
+        return attended
 
-    return jax.lax.fori_loop(batch.num_decodes, batch.num_seqs, chunk, out)
+    attended: Grouped = jax.lax.fori_loop(batch.num_decodes, batch.num_seqs, chunk, out)
+    return attended
 
 
 def _put(out: Grouped, rows: Grouped, alive: Bool[Array, " R"], first: Scalar) -> Grouped:
@@ -174,10 +181,13 @@ def _walk(
 
     first = jnp.int32(0)
     if window is not None:
-        first = jnp.maximum(jnp.min(jnp.where(last < 0, jnp.iinfo(jnp.int32).max, last)) - (window - 1), 0) // block
+        alive = jnp.where(last < 0, jnp.int32(FAR), last)
+        first = jnp.maximum(jnp.min(alive) - (window - 1), 0) // block
     num_blocks = (jnp.max(last) + block) // block
     state = jax.lax.fori_loop(first, num_blocks, step, _start(query, layer.placed.sinks))
-    return state.values / jnp.where(state.total > 0, state.total, jnp.float32(1))[..., None]
+    total: Array = jnp.where(state.total > 0, state.total, jnp.float32(1))
+    attended: Array = state.values / total[..., None]
+    return attended
 
 
 def _start(query: Float[Array, "B K Q H"], sinks: Float[Array, " N"] | None) -> Softmax:

@@ -1,0 +1,111 @@
+"""What a scheduler asks a device to do, and what comes back: plain host data.
+
+A `ScheduledStep` lists sequences with one token first (decodes, and chunks of one token, which are the same to the
+device), then longer chunks. A `StepResult` is aligned with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.core.types import TokenLogprobs
+from jaxserve.engine.sequence import Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    """A sequence's part in a step.
+
+    Attributes:
+        sequence: The sequence.
+        epoch: The sequence's epoch when the step was made; the result is void if it has changed since.
+        slot: Its row of the device's per-sequence state.
+        start: Position of the first token computed.
+        num_tokens: Tokens computed.
+        samples: Whether the last of them yields a new token.
+        page: The page of the last token computed: the only one that can be new since the sequence was admitted.
+        page_index: Its place in the sequence's table.
+    """
+
+    sequence: Sequence
+    epoch: int
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+    page: int
+    page_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduledStep:
+    """One launch of the model.
+
+    Attributes:
+        step_id: Counts up.
+        items: Sequences with one token first, then longer chunks.
+        num_decodes: How many of the items have one token.
+        num_tokens: Tokens of all items.
+        admitted: Sequences that got their slot in this step; the device loads their state first.
+        page_copies: (source, destination) pages to copy before the step.
+    """
+
+    step_id: int
+    items: tuple[ScheduledSequence, ...]
+    num_decodes: int
+    num_tokens: int
+    admitted: tuple[Sequence, ...]
+    page_copies: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogprobTable:
+    """Log-probabilities of a row a token, as the device reports them.
+
+    Attributes:
+        token_ids: [R] int32; the token each row is about.
+        logprob: [R] float32.
+        rank: [R] int32, 1 is the most likely.
+        top_ids: [R, MAX_LOGPROBS] int32.
+        top_logprobs: [R, MAX_LOGPROBS] float32.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprob: NDArray[np.float32]
+    rank: NDArray[np.int32]
+    top_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+
+    def row(self, index: int, num_top: int) -> TokenLogprobs:
+        """One row as the API reports it, with `num_top` alternatives."""
+        ids, values = self.top_ids[index, :num_top].tolist(), self.top_logprobs[index, :num_top].tolist()
+        return TokenLogprobs(
+            token_id=int(self.token_ids[index]),
+            logprob=float(self.logprob[index]),
+            rank=int(self.rank[index]),
+            top=tuple(zip(ids, values, strict=True)),
+        )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[np.generic]]) -> LogprobTable:
+        """A table of arrays by field name."""
+        return cls(**arrays)  # type: ignore[arg-type]  # numpy arrays of the dtypes above, by the device's types
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step yielded.
+
+    Attributes:
+        token_ids: A token an item, in the items' order (0 where none was sampled); padding may follow.
+        logprobs: A row an item, if any item asked.
+        prompt: A row a token of the step: how likely the prompt's next token was; if any item asked.
+    """
+
+    token_ids: list[int]
+    logprobs: LogprobTable | None = None
+    prompt: LogprobTable | None = None

@@ -1,0 +1,55 @@
+"""`jaxserve serve`: listen at once, make the engine meanwhile, serve until told to stop."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+
+from jaxserve.core.config import ServeConfig
+from jaxserve.launch.build import Progress, build_engine, find_model
+from jaxserve.server.lifecycle import serve_app
+from jaxserve.server.openai.app import create_app
+from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.slot import EngineSlot
+from jaxserve.telemetry.metrics import EngineMetrics
+from jaxserve.telemetry.tracing import exporting_tracer
+
+
+def run(config: ServeConfig, progress: Progress | None = None) -> None:
+    """Serves a model until SIGTERM or SIGINT, then drains and returns.
+
+    Args:
+        config: What to serve and how.
+        progress: Is told how far downloading, loading and compiling are.
+
+    Raises:
+        JaxserveError: The model cannot be found, loaded or served as configured.
+    """
+    release = version("jaxserve")
+    model = find_model(config, progress)
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry, model.name)
+    tracer = None
+    if config.otlp_endpoint is not None:
+        tracer = exporting_tracer(config.otlp_endpoint, service_name="jaxserve", version=release)
+    slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
+    names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
+    app = create_app(
+        slot,
+        model.tokenizer,
+        model.chat_template,
+        AppConfig(
+            served_model_names=names, version=release, api_keys=config.api_key, max_body_bytes=config.max_body_bytes
+        ),
+        registry=registry,
+        tracer=tracer,
+    )
+    serve_app(
+        app,
+        slot,
+        host=config.host,
+        port=config.port,
+        drain_deadline_s=config.drain_deadline_s,
+        start=lambda: slot.fill(build_engine(config, model, observer=metrics, progress=progress)),
+    )

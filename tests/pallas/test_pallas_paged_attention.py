@@ -30,7 +30,9 @@ backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in (Back
 
 @functools.cache
 def compiled(backend: Backend, config: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    return jax.jit(functools.partial(paged_attention, config=config, backend=backend), donate_argnums=3)
+    options = {"xla_backend_optimization_level": 0}
+    op = functools.partial(paged_attention, config=config, backend=backend)
+    return jax.jit(op, donate_argnums=3, compiler_options=options)
 
 
 def run(case: Case, config: AttentionConfig, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +266,7 @@ def test_donated_pool_is_changed_in_place(backend: Backend, kv_format: str) -> N
 
 def test_reference_agrees_with_the_ragged_paged_attention_of_jax() -> None:
     kernel = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
-    case = build(SHAPES["gqa3"], MIXED[:3])
+    case = build(SHAPES["gqa3"], MIXED[2:3])
     out, kv_pages = run(case, ALL, Backend.REFERENCE)
     batch = case.batch()
     with jax.numpy_dtype_promotion("standard"):

@@ -14,7 +14,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, UInt32
 
 from jaxserve.checkpoint.loader import scale_of
 from jaxserve.checkpoint.tensors import Progress
@@ -49,7 +51,8 @@ def random_params(
     done = 0
     for path, info in abstract.items():
         std = _std(spec, path)
-        key = zlib.crc32(f"{seed}:{path}".encode())
+        # An argument, not a constant: XLA would try to fold the whole parameter while compiling.
+        key = np.uint32(zlib.crc32(f"{seed}:{path}".encode()))
         if path in quantized:
             kernel = next(other for other in abstract if scale_of(other) == path)
             make = partial(_constant, info.shape, info.dtype, _std(spec, kernel) * math.sqrt(3) / INT8_MAX)
@@ -57,8 +60,8 @@ def random_params(
             make = partial(_constant, info.shape, info.dtype, 1.0)
         else:
             reach = INT8_MAX if scale_of(path) in abstract else std * math.sqrt(3)
-            make = partial(_uniform, info.shape, info.dtype, reach, key)
-        params[path] = jax.jit(make, out_shardings=sharding_for(info.axes, info.shape, mesh))()
+            make = partial(_uniform, info.shape, info.dtype, reach)
+        params[path] = jax.jit(make, out_shardings=sharding_for(info.axes, info.shape, mesh))(key)
         done += info.num_bytes
         if progress is not None:
             progress("make random weights", done, total)
@@ -77,13 +80,13 @@ def _std(spec: ModelSpec, path: str) -> float:
     return 1 / math.sqrt(inputs[path]) if path in inputs else _BIAS_STD
 
 
-def _constant(shape: tuple[int, ...], dtype: jnp.dtype, value: float) -> jax.Array:
+def _constant(shape: tuple[int, ...], dtype: jnp.dtype, value: float, key: UInt32[Array, ""]) -> jax.Array:
     return jnp.full(shape, value, dtype)
 
 
-def _uniform(shape: tuple[int, ...], dtype: jnp.dtype, reach: float, key: int) -> jax.Array:
+def _uniform(shape: tuple[int, ...], dtype: jnp.dtype, reach: float, key: UInt32[Array, ""]) -> jax.Array:
     """Values in [-reach, reach), each a hash of its indices (the finaliser of MurmurHash3)."""
-    bits = jnp.full(shape, key, jnp.uint32)
+    bits = jnp.broadcast_to(key, shape)
     for dim in range(len(shape)):
         bits = _mixed(bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, dim))
     unit = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-23) - jnp.float32(1)

@@ -146,7 +146,7 @@ def write_gguf(
         add = {str: writer.add_string, float: writer.add_float32, list: writer.add_array}.get(
             type(value), writer.add_uint32
         )
-        add(key, value)  # type: ignore[operator]
+        add(key, value)  # type: ignore[operator]  # a method of the writer or of its stand-in
     for name, array in tensors.items():
         stored = array
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -9,28 +10,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_files import LLAMA
 
 from jaxserve.checkpoint.random import random_params
-from jaxserve.checkpoint.sources import load_params, load_spec, resolve_source
+from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, resolve_source
 from jaxserve.models.decoder import abstract_params
 from jaxserve.sharding.mesh import make_mesh
 
 
+def middling(tmp_path: Path) -> CheckpointSource:
+    """Large enough for statistics, small enough to be quick."""
+    config = {**LLAMA, "hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 4096}
+    (tmp_path / "middling.json").write_text(json.dumps({"source": {"hub": "me/middling"}, "config": config}))
+    return resolve_source("random:middling", cache_dir=tmp_path, presets_dir=tmp_path)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_random_weights_do_not_depend_on_the_mesh(tmp_path: Path, quantization: str | None) -> None:
-    source = resolve_source("random:smollm2-135m", cache_dir=tmp_path)
+    source = middling(tmp_path)
     spec = load_spec(source)
     abstract = abstract_params(spec, dtype=jnp.dtype(jnp.bfloat16), quantization=quantization)
     one = load_params(source, spec, abstract, mesh=make_mesh())
-    four = load_params(source, spec, abstract, mesh=make_mesh(tensor=4))
+    two = load_params(source, spec, abstract, mesh=make_mesh(tensor=2))
     assert list(one) == list(abstract)
     for path, info in abstract.items():
         assert (one[path].shape, one[path].dtype) == (info.shape, info.dtype)
-        np.testing.assert_array_equal(np.asarray(one[path]), np.asarray(four[path]), err_msg=path)
+        np.testing.assert_array_equal(np.asarray(one[path]), np.asarray(two[path]), err_msg=path)
 
 
 def test_random_kernels_keep_the_scale_of_activations(tmp_path: Path) -> None:
-    source = resolve_source("random:smollm2-135m", cache_dir=tmp_path)
+    source = middling(tmp_path)
     spec = load_spec(source)
     for quantization in (None, "int8"):
         abstract = abstract_params(spec, dtype=jnp.dtype(jnp.float32), quantization=quantization)
@@ -39,7 +48,7 @@ def test_random_kernels_keep_the_scale_of_activations(tmp_path: Path) -> None:
         if quantization:
             kernel = kernel * np.asarray(params["layers.mlp.down.scale"])[:, None, :]
         assert np.std(kernel) == pytest.approx(spec.ffn_size**-0.5, rel=0.02)
-        assert abs(np.mean(kernel)) < 1e-4
+        assert abs(np.mean(kernel)) < 1e-3
         rows = kernel[0].reshape(spec.ffn_size, spec.hidden_size)
         assert abs(np.corrcoef(rows[0], rows[1])[0, 1]) < 0.2
         assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.01

@@ -48,26 +48,15 @@ PROMPTS = (
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     "The capital of Germany is",
     "def fibonacci(n):\n",
-    "Once upon a time, there was a little",
     "1, 2, 3, 4, 5, 6, 7,",
-    "Water boils at a temperature of",
     "The first law of thermodynamics states that",
-    "import numpy as np\n\n",
     "<|im_start|>user\nName three primary colors.<|im_end|>\n<|im_start|>assistant\n",
-    "Photosynthesis is the process by which",
     "The Earth revolves around the",
-    "<|im_start|>user\nWrite a short poem about the sea.<|im_end|>\n<|im_start|>assistant\n",
     "In 1969, Neil Armstrong became the first",
     "A, B, C, D, E,",
-    "The quick brown fox",
     "SELECT name, age FROM",
     "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n",
     "The three states of matter are",
-    "To be, or not to be,",
-    "HTML stands for",
-    "The largest planet in our solar system is",
-    "Dear Sir or Madam,\n\n",
-    "Monday, Tuesday, Wednesday,",
     "#include <stdio.h>\n\nint main() {\n",
 )
 NUM_GREEDY = 64
@@ -122,6 +111,7 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], float]
     """The most likely continuation, and the smallest lead of a chosen token over the next best."""
     out = model.generate(
         torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else <|im_end|>, also the padding, is masked
         do_sample=False,
         eos_token_id=None,
         max_new_tokens=NUM_GREEDY,
@@ -129,7 +119,9 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], float]
         return_dict_in_generate=True,
     )
     tokens = out.sequences[0, len(prompt) :].tolist()
-    top = np.sort(log_softmax(model, [*prompt, *tokens])[len(prompt) - 1 : -1], axis=-1)
+    logprobs = log_softmax(model, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    np.testing.assert_array_equal(np.argmax(logprobs, axis=-1), tokens)
+    top = np.sort(logprobs, axis=-1)
     return tokens, float(np.min(top[:, -1] - top[:, -2]))
 
 

@@ -95,7 +95,7 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _setting(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401
+def _setting(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type
     """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None."""
     return field(default=default, metadata={"parse": parse, "help": what, "none": none})
 
@@ -349,7 +349,10 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
 
 
-CLUSTER_VARIABLES = ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")
+CLUSTER_VARIABLES = (
+    *("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
+    *("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"),
+)
 """What GKE and a LeaderWorkerSet tell a pod about the slice it is part of."""
 
 

@@ -74,6 +74,8 @@ def install(*, level: str = "INFO", as_json: bool = False, stream: TextIO | None
     handler.addFilter(RequestIdFilter())
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # The client library reports every request it sends as news.
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:

@@ -133,7 +133,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self._deadline = math.inf
 
     # The names keep keyword arguments of the template apart from these, as in Jinja.
-    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805 - a template may pass any name by keyword
         """Calls something from a template: a global, a macro or a method."""
         __self._check_deadline()
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):

@@ -51,7 +51,7 @@ def engine_saying(output: bytes, behaviour: FakeBehaviour | None = None) -> Fake
         eos_token_ids=(0,),
         max_num_seqs=8,
     )
-    follow: Callable[[Sequence[int]], int] = lambda ids: (*output, 0)[min(len(ids) - 1, len(output))]  # noqa: E731
+    follow: Callable[[Sequence[int]], int] = lambda ids: (*output, 0)[min(len(ids) - 1, len(output))]  # noqa: E731 - it needs the annotation
     return FakeEngine(info, next_token=follow, behaviour=behaviour)
 
 

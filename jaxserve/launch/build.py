@@ -34,6 +34,7 @@ from jaxserve.kv.pool import PoolLayout
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
+from jaxserve.pallas.paged_attention.cache import storage_dtype
 from jaxserve.sampling.validate import SamplingLimits
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import kv_repeat, sharding_for
@@ -108,7 +109,7 @@ def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Repl
         page_size=1,
         num_kv_heads=spec.num_kv_heads * repeat,
         head_dim=spec.head_dim,
-        dtype=jnp.dtype(config.kv_cache_dtype or guess),
+        dtype=storage_dtype(config.kv_cache_dtype or guess.name, device.platform),
     )
     resolved = config.resolve(
         Facts(

@@ -188,6 +188,7 @@ class ServeConfig:
         dtype = self.dtype or ("float32" if on_cpu else facts.checkpoint_dtype)
         # On CPUs XLA multiplies one float32 row at memory speed; integer matmuls want four rows to go through oneDNN.
         smallest = 1 if on_cpu and self.quantization is None else 4
+        seq_buckets = _ladder(min(smallest, seqs), seqs)
         return ResolvedConfig(
             asked=self,
             dtype=dtype,
@@ -197,8 +198,8 @@ class ServeConfig:
             max_model_len=longest,
             max_num_seqs=seqs,
             max_num_batched_tokens=batched,
-            seq_buckets=_ladder(min(smallest, seqs), seqs),
-            token_buckets=_ladder(min(64, batched), batched),
+            seq_buckets=seq_buckets,
+            token_buckets=tuple(sorted({*seq_buckets, *_ladder(min(64, batched), batched)})),
             long_prefill_token_threshold=self.long_prefill_token_threshold or max(1, batched // 2),
         )
 
@@ -251,8 +252,8 @@ class ResolvedConfig:
         max_model_len: Most tokens of a sequence.
         max_num_seqs: Slots.
         max_num_batched_tokens: Most tokens a step computes.
-        seq_buckets: Sizes that decode-only steps are padded to, ascending.
-        token_buckets: Sizes that other steps are padded to, ascending.
+        seq_buckets: Numbers of sequences that the head is compiled for, ascending.
+        token_buckets: Numbers of tokens that the decoder is compiled for, ascending.
         long_prefill_token_threshold: Most tokens of one prompt a step computes while others wait.
     """
 
@@ -270,10 +271,10 @@ class ResolvedConfig:
 
 
 def _ladder(smallest: int, largest: int) -> tuple[int, ...]:
-    """Doubling sizes from `smallest`, ending exactly at `largest`."""
+    """Doubling sizes from `smallest` (1 is followed by 8), ending exactly at `largest`."""
     sizes = [smallest]
     while sizes[-1] < largest:
-        sizes.append(min(sizes[-1] * (4 if sizes[-1] == 1 else 2), largest))
+        sizes.append(min(sizes[-1] * (8 if sizes[-1] == 1 else 2), largest))
     return tuple(sizes)
 
 

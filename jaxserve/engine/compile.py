@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 import jax
 from jax import monitoring
 
-from jaxserve.engine.programs import Program
+from jaxserve.engine.programs import Key, Program
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """What JAX reports each time it makes or loads an executable."""
 
-Executables: TypeAlias = Mapping[tuple[str, str], Any]
+Executables: TypeAlias = Mapping[Key, Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
@@ -43,12 +43,11 @@ def compile_programs(programs: list[Program], *, num_threads: int, progress: Pro
         progress: Called with ("compile", done, total) after each.
 
     Returns:
-        (name, bucket) -> the executable.
+        The executable of each program's key.
     """
-    executables: dict[tuple[str, str], Any] = {}
+    executables: dict[Key, Any] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
-        # Tracing holds Python's lock; the longest programs come last in the list and are the slowest to compile.
-        futures = {(p.name, p.bucket): pool.submit(_compile, p) for p in programs}
+        futures = {program.key: pool.submit(_compile, program) for program in programs}
         for done, (key, future) in enumerate(futures.items(), start=1):
             executables[key] = future.result()
             if progress is not None:

@@ -1,8 +1,9 @@
-"""The programs a replica runs, as pure functions of device state: step, admit, copy pages.
+"""The programs a replica runs, as pure functions of device state.
 
-`step` is the whole model for one ragged batch: unpack, read the input tokens from the slots' histories, decode,
-score, sample. Warm-up, ahead-of-time compilation and serving all lower these same functions from the same abstract
-arguments.
+A step is two of them: `decode` runs the model over a ragged batch of T tokens and keeps each sequence's last hidden
+state; `head` scores the first S of those and samples. `score` says how likely prompt tokens were, for steps in which
+somebody asks. `admit` loads a slot, `copy_pages` copies on write. Ahead-of-time compilation and serving lower these
+same functions from the same abstract arguments.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxserve.core.types import SamplingParams
-from jaxserve.engine.batch import Bucket, Buckets, StepInput, Unpacked, unpack
+from jaxserve.engine.batch import Buckets, StepInput, unpack, unpack_rows
 from jaxserve.kv.pool import PoolLayout, copy_pages
-from jaxserve.models.decoder import Blueprint, Decoder
-from jaxserve.sampling.logprobs import SampleOutput, no_logprobs, prompt_logprobs
+from jaxserve.models.decoder import Blueprint
+from jaxserve.sampling.logprobs import SampleOutput, prompt_logprobs
 from jaxserve.sampling.sampler import sample
 from jaxserve.sampling.state import SamplingState, admission, admit, init_state
 from jaxserve.sampling.validate import SamplingLimits
@@ -31,21 +32,25 @@ from jaxserve.sharding.rules import replicated, sharding_for
 COPY_BATCH = 16
 """Page copies done by one launch of the copy program."""
 
-LOGPROB_ROWS = 32
+SCORED_ROWS = 32
 """Prompt positions scored at once; bounds the logits in memory."""
 
 Params: TypeAlias = Mapping[str, Array]
+Key: TypeAlias = tuple[str, int]
+"""A program's name and its bucket (0 for programs of one shape)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class StepOutput:
-    """What a step yields."""
+class Decoded:
+    """What `decode` hands on."""
 
-    # S rows; token 0 in rows that do not sample
-    sampled: SampleOutput
-    # T rows: how likely the prompt token after each position was; None in decode-only buckets
-    prompt: SampleOutput | None
+    # [S_max, D]; hidden state of each sequence's last token, zeros for padding
+    last: Float[Array, "S_max D"]
+    # [T, D]; hidden state of every token
+    hidden: Float[Array, "T D"]
+    # [T]; the token that follows in the sequence's history, where there is one
+    following: Int32[Array, " T"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,6 @@ class Replica:
         layout: The KV pool.
         limits: Sizes of the sampler's state.
         buckets: The closed set of shapes.
-        max_num_seqs: Slots.
         mesh: Devices.
     """
 
@@ -65,8 +69,12 @@ class Replica:
     layout: PoolLayout
     limits: SamplingLimits
     buckets: Buckets
-    max_num_seqs: int
     mesh: Mesh
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Slots."""
+        return self.buckets.seqs[-1]
 
     @property
     def pages_per_seq(self) -> int:
@@ -99,116 +107,132 @@ class Program:
     """A function to compile, and the abstract arguments it is compiled for.
 
     Attributes:
-        name: As metrics and logs call it: "step", "admit" or "copy_pages".
-        bucket: The shape it is for, or "-".
+        key: Its name and bucket.
         function: Jitted, donating what it changes.
         args: Abstract arguments.
     """
 
-    name: str
-    bucket: str
+    key: Key
     function: Any
     args: tuple[Any, ...]
 
 
-def run_step(
+def decode(
     params: Params,
     kv_pages: Shaped[Array, "P page_size 2*K H"],
-    state: SamplingState,
+    history: Int32[Array, "S_max L_max"],
     inputs: StepInput,
     *,
     blueprint: Blueprint,
-    bucket: Bucket,
-) -> tuple[Array, SamplingState, StepOutput]:
-    """One launch of the model over a ragged batch.
+    num_tokens: int,
+) -> tuple[Array, Decoded]:
+    """Runs the model over a ragged batch.
 
     Args:
         params: The decoder's parameters by path.
         kv_pages: The pool; donated.
-        state: The sampler's state; donated.
+        history: Each slot's tokens by position.
         inputs: What the host sent.
         blueprint: How to put the decoder together.
-        bucket: The static shape of `inputs`.
+        num_tokens: T.
+    """
+    packed, table = jnp.asarray(inputs.packed), jnp.asarray(inputs.page_table)
+    batch = unpack(packed, table, num_tokens)
+    max_num_seqs = history.shape[0]
+    rows = unpack_rows(packed, table.shape[0])
+    token_slots = rows.slots.at[batch.token_seq].get(mode="clip")
+    token_ids = history.at[token_slots, batch.positions].get(mode="clip")
+    hidden, kv_pages = blueprint.bind(params)(token_ids, kv_pages, batch)
+    ends = batch.query_starts[1:]
+    last = jnp.where((rows.query_lens > 0)[:, None], hidden.at[ends - 1].get(mode="clip"), 0)
+    return kv_pages, Decoded(
+        last=jnp.pad(last, ((0, max_num_seqs - last.shape[0]), (0, 0))),
+        hidden=hidden,
+        following=history.at[token_slots, batch.positions + 1].get(mode="clip"),
+    )
 
-    Returns:
-        The pool, the sampler's state, and the tokens.
+
+def head(
+    params: Params,
+    state: SamplingState,
+    last: Float[Array, "S_max D"],
+    packed: Int32[Array, " packed"],
+    *,
+    blueprint: Blueprint,
+    num_seqs: int,
+) -> tuple[SamplingState, SampleOutput]:
+    """Scores the first S sequences of a step and samples a token for each that wants one.
+
+    Args:
+        params: The decoder's parameters by path.
+        state: The sampler's state; donated.
+        last: From `decode`.
+        packed: What the host sent.
+        blueprint: How to put the decoder together.
+        num_seqs: S.
+    """
+    rows = unpack_rows(jnp.asarray(packed), num_seqs)
+    logits = blueprint.bind(params).logits(last[:num_seqs])
+    return sample(logits, state, rows.slots, rows.context_lens, rows.samples)
+
+
+def score(
+    params: Params, hidden: Float[Array, "T D"], following: Int32[Array, " T"], *, blueprint: Blueprint
+) -> SampleOutput:
+    """How likely the token after each of a step's positions was.
+
+    Args:
+        params: The decoder's parameters by path.
+        hidden: From `decode`.
+        following: From `decode`.
+        blueprint: How to put the decoder together.
     """
     model = blueprint.bind(params)
-    arrays = unpack(inputs, bucket)
-    batch = arrays.batch
-    token_slots = arrays.slots.at[batch.token_seq].get(mode="clip")
-    token_ids = state.history.at[token_slots, batch.positions].get(mode="clip")
-    hidden, kv_pages = model(token_ids, kv_pages, batch)
-    last = jnp.maximum(batch.query_starts[1:] - 1, 0)
-    logits = model.logits(hidden.at[last].get(mode="clip"))
-    prompt = None
-    if bucket.num_tokens > bucket.num_seqs:
-        following = state.history.at[token_slots, batch.positions + 1].get(mode="clip")
-        prompt = _score_prompt(model, hidden, following, arrays)
-    state, sampled = sample(logits, state, arrays.slots, batch.context_lens, arrays.samples)
-    return kv_pages, state, StepOutput(sampled=sampled, prompt=prompt)
-
-
-def _score_prompt(
-    model: Decoder, hidden: Float[Array, "T D"], following: Int32[Array, " T"], arrays: Unpacked
-) -> SampleOutput:
-    """How likely each position's next prompt token was, for steps in which some sequence wants to know."""
     num_tokens = hidden.shape[0]
-    rows = min(LOGPROB_ROWS, num_tokens)
+    rows = min(SCORED_ROWS, num_tokens)
     missing = -num_tokens % rows
     blocks = jnp.pad(hidden, ((0, missing), (0, 0))).reshape(-1, rows, hidden.shape[1])
     targets = jnp.pad(following, (0, missing)).reshape(-1, rows)
-    wanted: Bool[Array, ""] = jnp.any(arrays.wants_prompt_logprobs)
-
-    def score(_: None) -> SampleOutput:
-        scored = jax.lax.map(lambda block: prompt_logprobs(model.logits(block[0]), block[1]), (blocks, targets))
-        flat: SampleOutput = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tokens], scored)
-        return flat
-
-    output: SampleOutput = jax.lax.cond(wanted, score, lambda _: no_logprobs(following), None)
-    return output
+    scored = jax.lax.map(lambda block: prompt_logprobs(model.logits(block[0]), block[1]), (blocks, targets))
+    flat: SampleOutput = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tokens], scored)
+    return flat
 
 
 def programs(replica: Replica) -> list[Program]:
-    """Every program of a replica in every bucket: what must be compiled before the first request."""
-    sharding = replicated(replica.mesh)
+    """Every program of a replica in every bucket: what must be compiled before the first request.
+
+    The slowest to compile come first.
+    """
+    whole = replicated(replica.mesh)
     params, pool = replica.abstract_params(), replica.layout.abstract(replica.mesh)
     state = replica.abstract_sampling()
+    blueprint, buckets = replica.blueprint, replica.buckets
+    width = blueprint.spec.hidden_size
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    def array(*shape: int, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype or jnp.int32, sharding=whole)
 
-    out = {"kv": pool.sharding, "whole": sharding}
-    steps = []
-    for bucket in replica.buckets.all():
-        inputs = StepInput(
-            packed=ints(4 * bucket.num_seqs + 2), page_table=ints(bucket.num_seqs, replica.pages_per_seq)
-        )
-        function = _jit(
-            partial(run_step, blueprint=replica.blueprint, bucket=bucket),
-            donate=(1, 2),
-            out=(out["kv"], out["whole"], out["whole"]),
-        )
-        steps.append(Program(name="step", bucket=bucket.name, function=function, args=(params, pool, state, inputs)))
-    words = admission_words(replica)
-    return [
-        *steps,
-        Program(
-            name="admit", bucket="-", function=_jit(admit, donate=(0,), out=sharding), args=(state, ints(), ints(words))
-        ),
-        Program(
-            name="copy_pages",
-            bucket="-",
-            function=_jit(partial(copy_pages, num_layers=replica.layout.num_layers), donate=(0,), out=pool.sharding),
-            args=(pool, ints(COPY_BATCH), ints(COPY_BATCH)),
-        ),
-    ]
+    packed = array(4 * replica.max_num_seqs + 2)
+    result = []
+    for size in buckets.seqs:
+        function = _jit(partial(head, blueprint=blueprint, num_seqs=size), donate=(1,), out=whole)
+        last = array(replica.max_num_seqs, width, dtype=blueprint.dtype)
+        result.append(Program(key=("head", size), function=function, args=(params, state, last, packed)))
+    for size in buckets.tokens:
+        inputs = StepInput(packed=packed, page_table=array(buckets.rows_for(size), replica.pages_per_seq))
+        function = _jit(partial(decode, blueprint=blueprint, num_tokens=size), donate=(1,), out=(pool.sharding, whole))
+        result.append(Program(key=("decode", size), function=function, args=(params, pool, state.history, inputs)))
+    for size in buckets.tokens:
+        hidden = array(size, width, dtype=blueprint.dtype)
+        function = _jit(partial(score, blueprint=blueprint), donate=(), out=whole)
+        result.append(Program(key=("score", size), function=function, args=(params, hidden, array(size))))
+    row = array(int(np.size(admission(SamplingParams(), (), 0, 0, replica.limits))))
+    result.append(Program(key=("admit", 0), function=_jit(admit, donate=(0,), out=whole), args=(state, array(), row)))
+    copies = array(COPY_BATCH)
+    function = _jit(partial(copy_pages, num_layers=replica.layout.num_layers), donate=(0,), out=pool.sharding)
+    result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
+    return result
 
 
-def admission_words(replica: Replica) -> int:
-    """Length of the vector that loads a slot."""
-    return int(np.size(admission(SamplingParams(), (), 0, 0, replica.limits)))
-
-
-def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form
+def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401
     return jax.jit(function, donate_argnums=donate, out_shardings=out)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.compile import Executables
-from jaxserve.engine.programs import COPY_BATCH, Replica, StepOutput
+from jaxserve.engine.programs import COPY_BATCH, Replica
 from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
 from jaxserve.sampling.logprobs import SampleOutput
 from jaxserve.sampling.state import admission
@@ -53,21 +53,19 @@ class Runner(Protocol):
 class DeviceStep:
     """A step on its way; the arrays are being computed."""
 
-    step: ScheduledStep
     bucket: str
-    output: StepOutput
+    sampled: SampleOutput | None
+    reports: bool
+    prompt: SampleOutput | None
 
     def result(self) -> StepResult:
         """See `StepHandle.result`."""
-        items = self.step.items
-        sampled = self.output.sampled
-        reports = any(item.sequence.request.sampling.logprobs is not None for item in items if item.samples)
-        wants_prompt = any(item.sequence.prompt_logprobs is not None for item in items)
-        prompt = self.output.prompt
+        if self.sampled is None:
+            return StepResult(token_ids=[], prompt=None if self.prompt is None else _host(self.prompt))
         return StepResult(
-            token_ids=np.asarray(sampled.token_ids).tolist(),
-            logprobs=_host(sampled) if reports else None,
-            prompt=_host(prompt) if wants_prompt and prompt is not None else None,
+            token_ids=np.asarray(self.sampled.token_ids).tolist(),
+            logprobs=_host(self.sampled) if self.reports else None,
+            prompt=None if self.prompt is None else _host(self.prompt),
         )
 
 
@@ -94,23 +92,27 @@ class DeviceRunner:
 
     def execute(self, step: ScheduledStep) -> DeviceStep:
         """Dispatches a step and returns without waiting for it."""
+        run, limits = self._executables, self._replica.limits
         for sequence in step.admitted:
             self._builder.admit(sequence)
-            row = admission(
-                sequence.request.sampling,
-                sequence.token_ids,
-                sequence.num_prompt,
-                sequence.seed,
-                self._replica.limits,
-            )
-            self._sampling = self._executables["admit", "-"](self._sampling, np.int32(sequence.slot), row)
+            params = sequence.request.sampling
+            row = admission(params, sequence.token_ids, sequence.num_prompt, sequence.seed, limits)
+            self._sampling = run["admit", 0](self._sampling, np.int32(sequence.slot), row)
         if step.page_copies:
             self._copy(step.page_copies)
-        bucket, inputs = self._builder.build(step)
-        run = self._executables["step", bucket.name]
-        self._kv_pages, self._sampling, output = run(self._params, self._kv_pages, self._sampling, inputs)
-        output.sampled.token_ids.copy_to_host_async()
-        return DeviceStep(step, bucket.name, output)
+        size, inputs = self._builder.build(step)
+        history = self._sampling.history
+        self._kv_pages, decoded = run["decode", size](self._params, self._kv_pages, history, inputs)
+        prompt = None
+        if any(item.scores_prompt for item in step.items):
+            prompt = run["score", size](self._params, decoded.hidden, decoded.following)
+        sampling = [item.sequence.request.sampling for item in step.items if item.samples]
+        if not sampling:
+            return DeviceStep(str(size), None, False, prompt)
+        rows = self._replica.buckets.seqs_for(len(step.items))
+        self._sampling, sampled = run["head", rows](self._params, self._sampling, decoded.last, inputs.packed)
+        sampled.token_ids.copy_to_host_async()
+        return DeviceStep(str(size), sampled, any(s.logprobs is not None for s in sampling), prompt)
 
     def reset(self) -> None:
         """Makes the KV pool and the sampler's state anew; what a failed step left behind is unusable."""
@@ -127,11 +129,11 @@ class DeviceRunner:
 
     def _new_builder(self) -> BatchBuilder:
         replica = self._replica
-        return BatchBuilder(replica.buckets, max_num_seqs=replica.max_num_seqs, pages_per_seq=replica.pages_per_seq)
+        return BatchBuilder(replica.buckets, pages_per_seq=replica.pages_per_seq)
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         for first in range(0, len(copies), COPY_BATCH):
             some = copies[first : first + COPY_BATCH]
             pairs = np.full((2, COPY_BATCH), -1, np.int32)
             pairs[:, : len(some)] = np.array(some, np.int32).T
-            self._kv_pages = self._executables["copy_pages", "-"](self._kv_pages, pairs[0], pairs[1])
+            self._kv_pages = self._executables["copy_pages", 0](self._kv_pages, pairs[0], pairs[1])

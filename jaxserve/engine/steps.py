@@ -40,6 +40,12 @@ class ScheduledSequence(NamedTuple):
     page: int
     page_index: int
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether somebody wants to know how likely prompt tokens after this chunk's positions were."""
+        sequence = self.sequence
+        return sequence.prompt_logprobs is not None and self.start + 1 < sequence.num_prompt
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduledStep:

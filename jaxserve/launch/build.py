@@ -132,13 +132,12 @@ def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Repl
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
     )
-    buckets = Buckets.of(seq_buckets=resolved.seq_buckets, token_buckets=resolved.token_buckets)
+    buckets = Buckets(tokens=resolved.token_buckets, seqs=resolved.seq_buckets)
     replica = Replica(
         blueprint=blueprint,
         layout=layout,
         limits=limits,
         buckets=buckets,
-        max_num_seqs=resolved.max_num_seqs,
         mesh=mesh,
     )
     return replica, resolved

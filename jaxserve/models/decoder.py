@@ -135,10 +135,14 @@ class Blueprint:
     """A decoder without its parameters: what to load, and how to put it together inside a jitted function.
 
     Attributes:
+        spec: The model.
+        dtype: Of activations.
         graph: The decoder's structure.
         state: Its abstract parameters.
     """
 
+    spec: ModelSpec
+    dtype: jnp.dtype
     graph: nnx.GraphDef[Decoder]
     state: nnx.State[Any, Any]
 
@@ -157,7 +161,7 @@ class Blueprint:
         numerics = Numerics(dtype=jnp.dtype(dtype), quantization=quantization)
         placement = Placement(mesh=mesh, kv_repeat=kv_repeat, backend=backend)
         graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec, numerics=numerics, placement=placement)))
-        return cls(graph=graph, state=state)
+        return cls(spec=spec, dtype=numerics.dtype, graph=graph, state=state)
 
     def params(self) -> dict[str, ParamInfo]:
         """Every parameter by its path: shape, dtype and logical axes."""

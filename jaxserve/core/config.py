@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -283,15 +283,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in fields(ServeConfig):
         if setting.name == "model":
             continue
-        default = setting.metadata["none"] if setting.default is None else setting.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
+        default = default_text(setting)
         parser.add_argument(
             _flag(setting.name),
             dest=setting.name,
             metavar="VALUE",
             default=None,
-            help=f"{setting.metadata['help']} (default: {shown})".replace("%", "%%"),
+            help=f"{setting.metadata['help']} (default: {default or 'none'})".replace("%", "%%"),
         )
+
+
+def default_text(setting: Field[Any]) -> str:
+    """A setting's default as the user would write it; empty for an empty list."""
+    default = setting.metadata["none"] if setting.default is None else setting.default
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(default) if isinstance(default, tuple) else str(default)
 
 
 def load(

@@ -206,8 +206,8 @@ class ServeConfig:
     def _pages(self, facts: Facts, page_size: int) -> int:
         page_bytes = facts.kv_bytes_per_token * page_size
         if facts.device_memory_bytes is None:
-            # Nobody says how much of a host's memory is ours: room for 16k tokens, at most 512 MiB.
-            return max(1, min(16384 // page_size, 512 * MIB // page_bytes))
+            # Nobody says how much of a host's memory is ours: room for 16k tokens, at most 384 MiB.
+            return max(1, min(16384 // page_size, 384 * MIB // page_bytes))
         room = int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
         if room < page_bytes:
             raise ConfigError(

@@ -31,6 +31,7 @@ from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout
+from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
@@ -161,6 +162,7 @@ def build_engine(
     params, executables = _load_and_compile(model, replica, progress)
     runner = DeviceRunner(replica, params, executables)
     runner.warm_up()
+    release_free_memory()
     counter = CompileCounter()
     counter.start()
     engine = LocalEngine(

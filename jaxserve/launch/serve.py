@@ -29,12 +29,12 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     release = version("jaxserve")
     model = find_model(config, progress)
     registry = CollectorRegistry()
-    metrics = EngineMetrics(registry, model.name)
     tracer = None
     if config.otlp_endpoint is not None:
         tracer = exporting_tracer(config.otlp_endpoint, service_name="jaxserve", version=release)
     slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
     names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
+    metrics = EngineMetrics(registry, names[0])
     app = create_app(
         slot,
         model.tokenizer,

@@ -46,8 +46,18 @@ def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Arr
     return jnp.round(x32 / scale).astype(jnp.int8), scale
 
 
-def int8_matmul(x: Float[Array, "T D"], values: Int8[Array, "D O"], scale: Float[Array, O]) -> Float[Array, "T O"]:
-    """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32."""
+def int8_matmul(
+    x: Float[Array, "T D"], values: Int8[Array, "..."], scale: Float[Array, " O"], *, transposed: bool = False
+) -> Float[Array, "T O"]:
+    """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32.
+
+    Args:
+        x: Activations, one row a token.
+        values: [D, O], or [O, D] if `transposed`.
+        scale: One an output channel.
+        transposed: Whether the contracted dimension of `values` comes last; nothing is copied to turn it.
+    """
     rows, row_scale = quantize_rows(x)
-    total = jax.lax.dot_general(rows, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    contracted = ((1,), (1,)) if transposed else ((1,), (0,))
+    total = jax.lax.dot_general(rows, values, (contracted, ((), ())), preferred_element_type=jnp.int32)
     return total.astype(jnp.float32) * row_scale * scale[None, :]

@@ -99,5 +99,5 @@ class Table(nnx.Module):
     def logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """`x @ table.T` in float32."""
         if self.scale is not None:
-            return int8_matmul(x, self.table[...].T, self.scale[...])
+            return int8_matmul(x, self.table[...], self.scale[...], transposed=True)
         return jax.lax.dot_general(x, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

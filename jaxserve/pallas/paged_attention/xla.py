@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from jaxserve.pallas.paged_attention.cache import decode, encode
+from jaxserve.pallas.paged_attention.cache import decode, write_pages
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 DECODE_ROWS = 8
@@ -60,7 +60,7 @@ def paged_attention_xla(
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size 2*K H"]]:
     """See `api.paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
-    kv_pages = _write(k, v, kv_pages, batch, layer)
+    kv_pages = write_pages(k, v, kv_pages, batch, layer)
     queries = (q.astype(jnp.float32) * jnp.float32(config.scale)).reshape(num_tokens, k.shape[1], -1, head_dim)
     # A tile may reach past the last token; the margin keeps slices from being shifted back.
     queries = jnp.pad(queries, ((0, max(QUERY_TILE, DECODE_ROWS)), (0, 0), (0, 0), (0, 0)))
@@ -71,24 +71,6 @@ def paged_attention_xla(
     with jax.named_scope("prefill"):
         out = _attend_chunks(queries, out, view, batch)
     return out[:num_tokens].reshape(num_tokens, num_heads, head_dim).astype(q.dtype), kv_pages
-
-
-def _write(
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
-    batch: RaggedBatch,
-    layer: AttentionLayer,
-) -> Shaped[Array, "P page_size 2*K H"]:
-    """Puts each token's keys and values at its position in its sequence's pages."""
-    num_pages, page_size = kv_pages.shape[:2]
-    is_token = jnp.arange(k.shape[0], dtype=jnp.int32) < batch.query_starts[batch.num_seqs]
-    index = batch.page_table.at[batch.token_seq, batch.positions // page_size].get(mode="clip")
-    # Padding goes to a page past the pool's end, which drops it.
-    page = jnp.where(is_token, index + layer.page_offset, num_pages)
-    new = jnp.stack([encode(k, layer.k_scale, kv_pages.dtype), encode(v, layer.v_scale, kv_pages.dtype)], axis=2)
-    new = new.reshape(k.shape[0], *kv_pages.shape[2:])
-    return kv_pages.at[page, batch.positions % page_size].set(new, mode="drop")
 
 
 def _attend_decodes(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedBatch) -> Grouped:

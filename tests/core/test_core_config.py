@@ -1,0 +1,232 @@
+"""Where settings come from, which goes first, what is refused, and what "auto" becomes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.core.config import (
+    Facts,
+    MeshShape,
+    ServeConfig,
+    add_arguments,
+    cache_dir,
+    cluster_environment,
+    load,
+)
+from jaxserve.core.errors import ConfigError
+
+MIB = 1 << 20
+CPU = Facts(
+    platform="cpu",
+    max_position=8192,
+    checkpoint_dtype="bfloat16",
+    device_memory_bytes=None,
+    weight_bytes=540 * MIB,
+    kv_bytes_per_token=46080,
+)
+TPU = replace(CPU, platform="tpu", device_memory_bytes=16 << 30, weight_bytes=8 << 30, kv_bytes_per_token=131072)
+
+
+def yaml(folder: Path, text: str) -> Path:
+    path = folder / "serve.yaml"
+    path.write_text(text)
+    return path
+
+
+class TestLoad:
+    def test_nothing_given_is_the_defaults(self) -> None:
+        assert load({}, environ={}) == ServeConfig()
+
+    def test_flags_go_before_environment_before_file_before_defaults(self, tmp_path: Path) -> None:
+        file = yaml(tmp_path, "port: 1\nhost: file\nmax_num_seqs: 3\n")
+        environ = {"JAXSERVE_PORT": "2", "JAXSERVE_HOST": "environment"}
+        config = load({"port": "4", "host": None}, file=file, environ=environ)
+        assert (config.port, config.host, config.max_num_seqs, config.seed) == (4, "environment", 3, 0)
+
+    def test_every_setting_has_a_flag_a_key_and_a_variable(self, tmp_path: Path) -> None:
+        samples: dict[str, tuple[str, Any]] = {
+            "model": ("m", "m"),
+            "role": ("both", "both"),
+            "host": ("h", "h"),
+            "port": ("1", 1),
+            "mesh": ("tensor=2", MeshShape(tensor=2)),
+            "dtype": ("bfloat16", "bfloat16"),
+            "quantization": ("int8", "int8"),
+            "kv_cache_dtype": ("float16", "float16"),
+            "attention": ("xla", "xla"),
+            "enable_prefix_caching": ("false", False),
+            "memory_fraction": ("0.5", 0.5),
+            "served_model_name": ("a,b", ("a", "b")),
+            "api_key": ("a,b", ("a", "b")),
+            "drain_deadline_s": ("1.5", 1.5),
+            "cache_dir": ("/x", Path("/x")),
+            "compilation_cache": ("false", False),
+            "offline": ("true", True),
+            "log_level": ("debug", "debug"),
+            "log_format": ("json", "json"),
+            "otlp_endpoint": ("http://c:4317", "http://c:4317"),
+        }
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        for setting in fields(ServeConfig):
+            text, value = samples.get(setting.name, ("7", 7))
+            expected = replace(ServeConfig(), **{setting.name: value})
+            assert load({}, environ={f"JAXSERVE_{setting.name.upper()}": text}) == expected
+            assert load({}, file=yaml(tmp_path, f"{setting.name}: {text}\n"), environ={}) == expected
+            if setting.name != "model":
+                flags = vars(parser.parse_args([f"--{setting.name.replace('_', '-')}", text]))
+                assert load(flags, environ={}) == expected
+
+    def test_yaml_values_may_be_yaml(self, tmp_path: Path) -> None:
+        text = "mesh: {tensor: 4, data: 2}\napi_key: [a, b]\nquantization: null\nenable_prefix_caching: no\n"
+        config = load({}, file=yaml(tmp_path, text), environ={})
+        assert config.mesh == MeshShape(data=2, tensor=4)
+        assert (config.api_key, config.quantization, config.enable_prefix_caching) == (("a", "b"), None, False)
+
+    def test_auto_can_be_said(self) -> None:
+        assert load({"dtype": "auto", "quantization": "none"}, environ={}) == ServeConfig()
+
+    def test_one_error_lists_all_that_is_wrong(self, tmp_path: Path) -> None:
+        file = yaml(tmp_path, "prot: 1\nport: many\n")
+        environ = {"JAXSERVE_SEEED": "1", "JAXSERVE_DTYPE": "int3", "HOME": "/"}
+        with pytest.raises(ConfigError) as caught:
+            load({"max_num_seqs": "0"}, file=file, environ=environ)
+        for part in ("prot in", "port in", "JAXSERVE_SEEED", "JAXSERVE_DTYPE", "'int3'", "--max-num-seqs"):
+            assert part in caught.value.message
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            {"port": "65536"},
+            {"port": "-1"},
+            {"port": "1.5"},
+            {"mesh": "tensor=0"},
+            {"mesh": "rows=2"},
+            {"mesh": "tensor=2,tensor=2"},
+            {"enable_prefix_caching": "maybe"},
+            {"memory_fraction": "1.5"},
+            {"memory_fraction": "nan"},
+            {"drain_deadline_s": "-1"},
+            {"role": "prefill"},
+            {"quantization": "int3"},
+            {"log_level": "loud"},
+        ],
+    )
+    def test_wrong_values(self, flags: dict[str, str]) -> None:
+        [name] = flags
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+            load(flags, environ={})
+
+    @pytest.mark.parametrize("text", ["[1, 2]", "a: b: c", "just words"])
+    def test_files_that_are_no_mapping(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(ConfigError, match=r"serve\.yaml"):
+            load({}, file=yaml(tmp_path, text), environ={})
+
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="Cannot read"):
+            load({}, file=tmp_path / "none.yaml", environ={})
+
+    def test_an_empty_file_says_nothing(self, tmp_path: Path) -> None:
+        assert load({}, file=yaml(tmp_path, "# nothing yet\n"), environ={}) == ServeConfig()
+
+
+class TestResolve:
+    def test_cpu(self) -> None:
+        resolved = ServeConfig().resolve(CPU)
+        assert (resolved.dtype, resolved.kv_cache_dtype, resolved.page_size) == ("float32", "float32", 16)
+        assert resolved.num_pages * 16 * 46080 <= 512 * MIB
+        assert resolved.num_pages * 16 <= 16384
+        assert resolved.max_model_len == 8192
+        assert resolved.seq_buckets[-1] == resolved.max_num_seqs == 64
+        assert resolved.token_buckets[-1] == resolved.max_num_batched_tokens == 512
+
+    def test_accelerator(self) -> None:
+        resolved = ServeConfig().resolve(TPU)
+        assert (resolved.dtype, resolved.page_size, resolved.max_num_seqs) == ("bfloat16", 64, 256)
+        used = resolved.num_pages * 64 * TPU.kv_bytes_per_token + TPU.weight_bytes
+        assert 0.89 * (16 << 30) < used <= 0.9 * (16 << 30)
+
+    def test_what_is_said_is_kept(self) -> None:
+        asked = ServeConfig(
+            dtype="bfloat16",
+            kv_cache_dtype="float16",
+            page_size=8,
+            num_pages=100,
+            max_model_len=500,
+            max_num_seqs=5,
+            max_num_batched_tokens=100,
+            long_prefill_token_threshold=33,
+        )
+        resolved = asked.resolve(CPU)
+        assert (resolved.dtype, resolved.kv_cache_dtype) == ("bfloat16", "float16")
+        assert (resolved.page_size, resolved.num_pages, resolved.max_model_len) == (8, 100, 500)
+        assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == (5, 100)
+        assert resolved.long_prefill_token_threshold == 33
+        assert resolved.asked is asked
+
+    @pytest.mark.parametrize("facts", [CPU, TPU])
+    @pytest.mark.parametrize("asked", [ServeConfig(), ServeConfig(max_num_seqs=1), ServeConfig(max_num_seqs=7)])
+    def test_buckets_ascend_and_end_at_the_limit(self, facts: Facts, asked: ServeConfig) -> None:
+        resolved = asked.resolve(facts)
+        for sizes, limit in (
+            (resolved.seq_buckets, resolved.max_num_seqs),
+            (resolved.token_buckets, resolved.max_num_batched_tokens),
+        ):
+            assert list(sizes) == sorted(set(sizes))
+            assert sizes[-1] == limit
+
+    def test_a_small_pool_bounds_the_context(self) -> None:
+        assert ServeConfig(num_pages=10, page_size=16).resolve(CPU).max_model_len == 160
+
+    @pytest.mark.parametrize(
+        ("asked", "param"),
+        [
+            (ServeConfig(max_num_seqs=8, max_num_batched_tokens=7), "max_num_batched_tokens"),
+            (ServeConfig(max_model_len=8193), "max_model_len"),
+            (ServeConfig(max_model_len=161, num_pages=10, page_size=16), "max_model_len"),
+        ],
+    )
+    def test_contradictions(self, asked: ServeConfig, param: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            asked.resolve(CPU)
+        assert caught.value.param == param
+
+    def test_weights_that_leave_no_room(self) -> None:
+        with pytest.raises(ConfigError, match="no room"):
+            ServeConfig().resolve(replace(TPU, weight_bytes=16 << 30))
+
+    def test_memory_fraction(self) -> None:
+        half, all_of_it = (ServeConfig(memory_fraction=share).resolve(TPU).num_pages for share in (0.6, 1.0))
+        assert half < all_of_it
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ServeConfig().port = 1  # type: ignore[misc]  # what is tested
+
+
+class TestMeshShape:
+    def test_round_trip(self) -> None:
+        shape = MeshShape.parse("tensor=8, data=2")
+        assert shape == MeshShape(data=2, expert=1, tensor=8)
+        assert MeshShape.parse(str(shape)) == shape
+        assert shape.num_devices == 16
+
+
+class TestEnvironment:
+    def test_the_cache_directory(self, tmp_path: Path) -> None:
+        assert cache_dir({"JAXSERVE_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}) == Path("/own")
+        assert cache_dir({"XDG_CACHE_HOME": "/xdg"}) == Path("/xdg/jaxserve")
+        assert cache_dir({}) == Path.home() / ".cache" / "jaxserve"
+
+    def test_its_variable_is_not_an_unknown_setting(self) -> None:
+        assert load({}, environ={"JAXSERVE_CACHE": "/own"}) == ServeConfig()
+
+    def test_what_the_cluster_says(self) -> None:
+        environ = {"TPU_WORKER_ID": "1", "LWS_GROUP_SIZE": "", "PATH": "/bin"}
+        assert cluster_environment(environ) == {"TPU_WORKER_ID": "1"}

@@ -47,7 +47,7 @@ def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Arr
 
 
 def int8_matmul(
-    x: Float[Array, "T D"], values: Int8[Array, "..."], scale: Float[Array, " O"], *, transposed: bool = False
+    x: Float[Array, "T D"], values: Int8[Array, "*matrix"], scale: Float[Array, " O"], *, transposed: bool = False
 ) -> Float[Array, "T O"]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32.
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.parsing import above_zero, natural, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural, positive, positives
 
 if TYPE_CHECKING:
     from jaxserve.bench.serve import Plan
@@ -46,7 +46,7 @@ def _add_serve(subjects: Commands) -> None:
         description="Send completions to any OpenAI URL and report time to first token (ttft), time per output "
         "token after it "
         "(tpot), gaps between pieces of a stream (itl), whole requests (e2e), throughput and failures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     to = parser.add_argument_group("server")
     to.add_argument("--url", default="http://127.0.0.1:8000", help="where it is")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.parsing import above_zero, natural
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -23,7 +23,7 @@ def add_command(commands: Commands) -> None:
         description="Check versions, devices, memory, the cache directory, the port, and the other hosts of a "
         "slice. Exits with 1 "
         "if there is a problem; warnings do not count.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address the server would listen on")
     parser.add_argument("--port", type=natural, default=8000, help="port it would listen on")

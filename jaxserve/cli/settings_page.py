@@ -16,10 +16,10 @@ _HEAD = """\
 
 Generated from `jaxserve/core/config.py` by `python -m jaxserve.cli.settings_page docs/serving.md`.
 
-A setting `max_num_seqs` is the flag `--max-num-seqs`, the key `max_num_seqs` of the YAML file given with `--config`, and
-the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. Unknown keys and
-variables are errors. `JAXSERVE_CACHE` moves the cache directory of every command (default: `$XDG_CACHE_HOME/jaxserve`,
-else `~/.cache/jaxserve`).
+A setting `max_num_seqs` is the flag `--max-num-seqs`, the key `max_num_seqs` of the YAML file given with `--config`,
+and the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. Unknown keys
+and variables are errors. `JAXSERVE_CACHE` moves the cache directory of every command (default:
+`$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`).
 
     model: smollm2-135m
     port: 8000

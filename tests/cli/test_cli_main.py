@@ -1,0 +1,145 @@
+"""The command line as a user meets it: help, exit codes, one sentence for an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.cli import build_parser, main, serve
+from jaxserve.cli.settings_page import settings_page
+from jaxserve.core.config import MeshShape, ServeConfig
+from jaxserve.core.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def jaxserve(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxserve.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, **options)
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "pull", "doctor", "bench", "version"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: jaxserve {command}" in capsys.readouterr().out
+
+
+def test_serve_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for setting in fields(ServeConfig):
+        assert setting.name == "model" or f"--{setting.name.replace('_', '-')} " in text
+
+
+def test_help_comes_at_once() -> None:
+    """It needs no device library; the bound is loose for slow machines, and what counts is that JAX takes longer."""
+    started = time.monotonic()
+    done = jaxserve("--help")
+    assert done.returncode == 0
+    assert time.monotonic() - started < 5
+    script = (
+        "import sys, jaxserve.cli as c; c.build_parser(); sys.exit(bool({'jax', 'httpx', 'rich'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "m", "--no-such-flag"], ["bench"], ["pull"]])
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+
+
+def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "many", "--dtype", "int3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxserve: Wrong settings: ")
+    assert "--port" in error
+    assert "--dtype" in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_model_is_one_sentence(tmp_path: Path) -> None:
+    done = jaxserve("serve", "no-such-model", "--port", "0", "--cache-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("jaxserve: 'no-such-model' is no model")
+    assert "Traceback" not in done.stderr
+
+
+def test_what_serve_hands_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: from-file\nport: 1\nmax_num_seqs: 3\n")
+    monkeypatch.setenv("JAXSERVE_HOST", "0.0.0.0")
+    arguments = build_parser().parse_args(["serve", "--config", str(file), "--port", "2", "--mesh", "tensor=2"])
+    config = serve.config_of(arguments)
+    assert config == ServeConfig(model="from-file", host="0.0.0.0", port=2, max_num_seqs=3, mesh=MeshShape(tensor=2))
+    arguments = build_parser().parse_args(["serve", "from-flag", "--config", str(file)])
+    assert serve.config_of(arguments).model == "from-flag"
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("wrong"), 2), (CheckpointError("broken"), 1)])
+def test_errors_become_exit_codes(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jaxserve.cli.version.versions", fail)
+    assert main(["version"]) == code
+    assert capsys.readouterr().err == f"jaxserve: {error}\n"
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxserve.cli.version.versions", interrupt)
+    assert main(["version"]) == 130
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["jax"].startswith("0.")
+    assert main(["version"]) == 0
+    assert f"jax {found['jax']}\n" in capsys.readouterr().out
+
+
+def test_pull_prints_where_the_model_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["pull", "random:smollm2-135m", "--offline", "--json", "--cache-dir", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["name"], found["kind"]) == ("random:smollm2-135m", "random")
+    assert Path(found["path"]).is_file()
+    assert main(["pull", "random:smollm2-135m"]) == 0
+    assert capsys.readouterr().out == found["path"] + "\n"
+
+
+def test_pull_offline_fetches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["pull", "smollm2-135m", "--offline", "--cache-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("jaxserve: ")
+
+
+def test_the_settings_page_is_fresh() -> None:
+    assert (ROOT / "docs/serving.md").read_text() == settings_page(), (
+        "write it again: python -m jaxserve.cli.settings_page docs/serving.md"
+    )
+
+
+def test_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in ("serve", "chat", "pull", "doctor", "bench serve", "bench engine", "version"):
+        assert f"`jaxserve {command}" in readme
+        with pytest.raises(SystemExit) as left:
+            main([*command.split(), "--help"])
+        assert left.value.code == 0

@@ -21,6 +21,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("bench", help="measure a server or the engine", description="Measure.")
     subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _add_serve(subjects)
+    _add_engine(subjects)
 
 
 def objective(text: str) -> tuple[str, float]:
@@ -88,6 +89,20 @@ def _add_serve(subjects: Commands) -> None:
     parser.set_defaults(run=run_serve)
 
 
+def _add_engine(subjects: Commands) -> None:
+    parser = subjects.add_parser(
+        "engine",
+        help="host time of a step",
+        description="Let sequences decode on a device that takes no time, and report what the host takes for a step.",
+        formatter_class=DefaultsFormatter,
+    )
+    parser.add_argument("--num-seqs", type=positives, default="64,256", metavar="N,...", help="sequences, a run each")
+    parser.add_argument("--input-len", type=positive, default=128, metavar="N", help="tokens of a prompt")
+    parser.add_argument("--output-len", type=positive, default=256, metavar="N", help="tokens to generate")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=run_engine)
+
+
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """The benchmark that the flags describe."""
     from jaxserve.bench.serve import Load, Plan
@@ -148,3 +163,20 @@ def run_serve(arguments: argparse.Namespace) -> int:
             for reason, count in each.failures.items():
                 console.print(f"{each.load}: {count} failed: {reason}", style="red", markup=False)
     return 1 if any(each.num_failed for each in reports) else 0
+
+
+def run_engine(arguments: argparse.Namespace) -> int:
+    """Measures the host's part of a step."""
+    from rich.console import Console
+
+    from jaxserve.bench.engine import measure_host_time, table
+
+    results = [
+        measure_host_time(number, prompt_tokens=arguments.input_len, output_tokens=arguments.output_len)
+        for number in arguments.num_seqs
+    ]
+    if arguments.json:
+        print(json.dumps({"runs": [result.as_json() for result in results]}, indent=2))
+    else:
+        Console().print(table(results))
+    return 0

@@ -234,5 +234,5 @@ def programs(replica: Replica) -> list[Program]:
     return result
 
 
-def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401
+def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form
     return jax.jit(function, donate_argnums=donate, out_shardings=out)

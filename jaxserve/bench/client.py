@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from jaxserve.bench.openai_url import error_of, error_text, sse_event
+from jaxserve.bench.openai_url import error_of, error_text, sse_events
 from jaxserve.bench.workload import Item
 
 
@@ -22,20 +22,29 @@ class Target:
     """What every request of a benchmark has in common.
 
     Attributes:
+        endpoint: "completions" or "chat".
         model: Name of the model.
         temperature: 0 is greedy.
         ignore_eos: Ask for exactly as many tokens as `max_tokens`.
     """
 
+    endpoint: str
     model: str
     temperature: float
     ignore_eos: bool
 
+    @property
+    def path(self) -> str:
+        """The endpoint's path."""
+        return "/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions"
+
     def body(self, item: Item) -> dict[str, object]:
         """The request's JSON."""
+        prompt = item.prompt if isinstance(item.prompt, str) else list(item.prompt)
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.endpoint == "chat" else {"prompt": prompt}
         body: dict[str, object] = {
             "model": self.model,
-            "prompt": item.prompt if isinstance(item.prompt, str) else list(item.prompt),
+            **asked,
             "max_tokens": item.output_tokens,
             "temperature": self.temperature,
             "stream": True,
@@ -53,9 +62,9 @@ class Timing:
         first_s: When its first token came; None if none did.
         last_s: When its last token came, or when it failed.
         gaps_s: Time between pieces after the first.
-        prompt_tokens: As the server counts them.
+        prompt_tokens: As the server counts them; if it does not, the token ids sent.
         cached_tokens: Of those, taken from its prefix cache.
-        output_tokens: As the server counts them.
+        output_tokens: As the server counts them; if it does not, pieces.
         failure: Why it failed; None if it did not.
     """
 
@@ -102,8 +111,7 @@ class _Stream:
         self.usage = event.get("usage") or self.usage
         for choice in event.get("choices", ()):
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            # A piece without text still carries a token: half a character, or a control token that is not shown.
-            if choice.get("finish_reason") is None or choice.get("text"):
+            if _carries_token(choice):
                 self.piece_s.append(now_s)
 
     def failure(self, item: Item, target: Target) -> str | None:
@@ -119,17 +127,29 @@ class _Stream:
         return None
 
 
+def _carries_token(choice: dict[str, Any]) -> bool:
+    """Whether there is a token in a piece; without text it may be half a character, or a control token not shown."""
+    delta = choice.get("delta", choice)
+    if any(delta.get(name) for name in ("text", "content", "reasoning_content", "reasoning", "tool_calls")):
+        return True
+    # What only names the role comes before the first token; what only says the reason, after the last.
+    return choice.get("finish_reason") is None and "role" not in delta
+
+
 async def send(client: httpx.AsyncClient, target: Target, item: Item) -> Timing:
     """Sends a request and times its answer; failures are in the timing, never raised."""
     stream = _Stream()
     failure: str | None = None
+    pending = b""
     sent_s = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/completions", json=target.body(item)) as response:
+        async with client.stream("POST", target.path, json=target.body(item)) as response:
             if response.status_code == 200:
-                async for line in response.aiter_lines():
-                    if (event := sse_event(line)) is not None:
-                        stream.take(event, time.perf_counter())
+                async for chunk in response.aiter_bytes():
+                    now_s = time.perf_counter()
+                    events, pending = sse_events(pending, chunk)
+                    for event in events:
+                        stream.take(event, now_s)
             else:
                 await response.aread()
                 failure = error_of(response)
@@ -139,12 +159,13 @@ async def send(client: httpx.AsyncClient, target: Target, item: Item) -> Timing:
         failure = "an event of the stream is not JSON"
     pieces = stream.piece_s
     details = stream.usage.get("prompt_tokens_details") or {}
+    num_ids = 0 if isinstance(item.prompt, str) else len(item.prompt)
     return Timing(
         sent_s=sent_s,
         first_s=pieces[0] if pieces else None,
         last_s=pieces[-1] if pieces else time.perf_counter(),
         gaps_s=tuple(after - before for before, after in itertools.pairwise(pieces)),
-        prompt_tokens=stream.usage.get("prompt_tokens", 0),
+        prompt_tokens=stream.usage.get("prompt_tokens", num_ids),
         cached_tokens=details.get("cached_tokens") or 0,
         output_tokens=stream.usage.get("completion_tokens", len(pieces)),
         failure=failure or stream.failure(item, target),

@@ -50,6 +50,7 @@ class Report:
         output_tokens: Generated for the requests that succeeded.
         latencies: Each of `LATENCIES`, over the requests that succeeded.
         num_good: Requests that succeeded within the objective; None without one.
+        client_cpu_s: Processor time the load generator itself took.
     """
 
     load: str
@@ -61,6 +62,12 @@ class Report:
     output_tokens: int
     latencies: Mapping[str, Spread]
     num_good: int | None
+    client_cpu_s: float
+
+    @property
+    def client_cores(self) -> float:
+        """Share of a core that the load generator took; near 1 the figures are its own, not the server's."""
+        return self.client_cpu_s / self.duration_s if self.duration_s else 0.0
 
     @property
     def num_failed(self) -> int:
@@ -74,6 +81,7 @@ class Report:
             "requests_per_s": self.num_requests - self.num_failed,
             "input_tokens_per_s": self.input_tokens,
             "output_tokens_per_s": self.output_tokens,
+            "total_tokens_per_s": self.input_tokens + self.output_tokens,
         }
         if self.num_good is not None:
             counts["goodput_per_s"] = self.num_good
@@ -90,6 +98,7 @@ class Report:
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
+            "client_cores": self.client_cores,
             **self.rates,
             **{
                 f"{name}_ms": {"mean": spread.mean, **{f"p{p}": value for p, value in spread.percentiles.items()}}
@@ -98,13 +107,16 @@ class Report:
         }
 
 
-def summarise(load: str, timings: Sequence[Timing], objective_ms: Mapping[str, float]) -> Report:
+def summarise(
+    load: str, timings: Sequence[Timing], objective_ms: Mapping[str, float], *, client_cpu_s: float
+) -> Report:
     """The figures of a run.
 
     Args:
         load: What load it was.
         timings: One a request, at least one.
         objective_ms: Name of a latency (`ttft`, `tpot`, `e2e`) to the most milliseconds a good request takes.
+        client_cpu_s: Processor time the load generator took.
     """
     done = [timing for timing in timings if timing.failure is None]
     samples = {
@@ -123,6 +135,7 @@ def summarise(load: str, timings: Sequence[Timing], objective_ms: Mapping[str, f
         output_tokens=sum(timing.output_tokens for timing in done),
         latencies={name: Spread.of(sample) for name, sample in samples.items()},
         num_good=sum(_is_good(timing, objective_ms) for timing in done) if objective_ms else None,
+        client_cpu_s=client_cpu_s,
     )
 
 
@@ -140,6 +153,7 @@ def table(reports: Sequence[Report]) -> Table:
     for name in reports[0].rates:
         label = name.replace("_per_s", "/s").replace("_", " ")
         grid.add_row(label, *(f"{report.rates[name]:.2f}" for report in reports))
+    grid.add_row("load generator, cores", *(f"{report.client_cores:.2f}" for report in reports))
     for name in LATENCIES:
         grid.add_section()
         grid.add_row(f"{name} mean, ms", *(f"{r.latencies[name].mean:.1f}" for r in reports))

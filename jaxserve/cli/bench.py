@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("ttft", "tpot", "e2e")
 
+BUSY_CORES = 0.8
+"""Share of its one core from which the load generator may delay what it measures."""
+
 
 def add_command(commands: Commands) -> None:
     """Adds the command and what it can measure."""
@@ -44,13 +47,16 @@ def _add_serve(subjects: Commands) -> None:
     parser = subjects.add_parser(
         "serve",
         help="load on any OpenAI URL",
-        description="Send completions to any OpenAI URL and report time to first token (ttft), time per output "
-        "token after it "
-        "(tpot), gaps between pieces of a stream (itl), whole requests (e2e), throughput and failures.",
+        description="Send completions or chats to any OpenAI URL and report time to first token (ttft), time per "
+        "output token after it (tpot), gaps between pieces of a stream (itl), whole requests (e2e), throughput and "
+        "failures.",
         formatter_class=DefaultsFormatter,
     )
     to = parser.add_argument_group("server")
     to.add_argument("--url", default="http://127.0.0.1:8000", help="where it is")
+    to.add_argument(
+        "--endpoint", choices=("completions", "chat"), default="completions", help="what of its API to call"
+    )
     to.add_argument("--model", help="which of its models; none: its first")
     to.add_argument("--api-key", help="key to present")
     to.add_argument(
@@ -111,12 +117,15 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
     if arguments.prefix_len >= arguments.input_len:
         raise ConfigError("--prefix-len must be less than --input-len: each prompt needs a token of its own.")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {arguments.output.parent}; make it first.")
     if arguments.rate is not None:
         loads: tuple[Load, ...] = (Load(rate=arguments.rate),)
     else:
         loads = tuple(Load(concurrency=number) for number in arguments.concurrency or (1,))
     return Plan(
         url=arguments.url,
+        endpoint=arguments.endpoint,
         model=arguments.model,
         api_key=arguments.api_key,
         shape=Shape(
@@ -162,6 +171,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
         for each in reports:
             for reason, count in each.failures.items():
                 console.print(f"{each.load}: {count} failed: {reason}", style="red", markup=False)
+            if each.client_cores > BUSY_CORES:
+                busy = (
+                    f"{each.load}: the load generator kept a core busy, so these may be its figures, not the server's"
+                )
+                console.print(busy, style="yellow", markup=False)
     return 1 if any(each.num_failed for each in reports) else 0
 
 

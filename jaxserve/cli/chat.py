@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import httpx
@@ -164,19 +164,30 @@ def _turn(client: httpx.Client, body: dict[str, object], conversation: Conversat
 
 def _answer(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
     """The pieces of the answer's text."""
-    from jaxserve.bench.openai_url import error_of, error_text, sse_event
+    from jaxserve.bench.openai_url import error_of, error_text
     from jaxserve.core.errors import JaxserveError
 
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
             raise JaxserveError(error_of(response))
-        for line in response.iter_lines():
-            event = sse_event(line)
-            if event is None:
-                continue
+        for event in _events(response):
             if "error" in event:
                 raise JaxserveError(error_text(event["error"]))
             for choice in event.get("choices", ()):
                 if text := choice.get("delta", {}).get("content"):
                     yield text
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The events of the stream."""
+    from jaxserve.bench.openai_url import sse_events
+    from jaxserve.core.errors import JaxserveError
+
+    pending = b""
+    for chunk in response.iter_bytes():
+        try:
+            events, pending = sse_events(pending, chunk)
+        except ValueError as error:
+            raise JaxserveError("an event of the stream is not JSON") from error
+        yield from events

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxserve.cli.version import versions
+from jaxserve.cli.version import installed_version, versions
 
 GIB = 1 << 30
 COORDINATOR_PORT = 8476
@@ -26,6 +26,9 @@ OLDEST_JAX = (0, 10, 2)
 
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Instruction sets that XLA's matmuls profit from, as Linux names them."""
+
+PLUGINS = ("libtpu", *(f"jax-cuda{release}-{part}" for release in (12, 13) for part in ("plugin", "pjrt")))
+"""Packages that bring an accelerator to JAX."""
 
 _DEVICE_SCRIPT = """
 import json, jax
@@ -72,6 +75,20 @@ def check_versions() -> list[Finding]:
     return findings
 
 
+def check_plugins() -> Finding:
+    """Which accelerators is JAX installed for, and do the plugins belong to this JAX?"""
+    installed = {name: version for name in PLUGINS if (version := installed_version(name)) is not None}
+    found = ", ".join(f"{name} {version}" for name, version in installed.items())
+    jaxlib = installed_version("jaxlib") or ""
+    # CUDA plugins are released with jaxlib; libtpu has releases of its own.
+    others = [name for name, version in installed.items() if name != "libtpu" and _release(version) != _release(jaxlib)]
+    if jaxlib and others:
+        wanted = " ".join(f"{name}=={jaxlib}" for name in others)
+        advice = f"JAX ignores plugins of another release than its own: pip install {wanted}."
+        return Finding(name="plugins", status="problem", found=f"{found}, but jaxlib {jaxlib}", advice=advice)
+    return Finding(name="plugins", status="ok", found=found or "none: JAX runs on the CPU")
+
+
 def check_devices(timeout_s: float, script: str = _DEVICE_SCRIPT) -> Finding:
     """Does JAX find its devices, in another process and in time?
 
@@ -116,9 +133,7 @@ def check_cpu(info: Path = Path("/proc/cpuinfo")) -> Finding:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     lines = info.read_text().splitlines() if info.exists() else []
     words = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    units = [
-        unit for unit in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if unit in words
-    ]
+    units = [unit for unit in VECTOR_UNITS if unit in words]
     found = f"{cores} cores; {' '.join(units) or 'vector units unknown'}"
     if cores < 2:
         return Finding(

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     findings = [
         *checks.check_versions(),
+        checks.check_plugins(),
         checks.check_devices(arguments.timeout),
         checks.check_cpu(),
         checks.check_memory(),

@@ -26,7 +26,7 @@ def add_command(commands: Commands) -> None:
 
 def versions() -> dict[str, str | None]:
     """Package name to its installed version, or None if it is not installed."""
-    return {"python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

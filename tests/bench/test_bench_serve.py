@@ -15,6 +15,7 @@ from jaxserve.core.errors import ConfigError, UnavailableError
 def plan(stub: Stub, **fields: Any) -> Plan:
     settings: dict[str, Any] = {
         "url": stub.url,
+        "endpoint": "completions",
         "model": None,
         "api_key": None,
         "shape": Shape(num_requests=6, input_tokens=5, output_tokens=4),
@@ -111,6 +112,21 @@ def test_prompts_are_ids_where_the_server_takes_them(stub: Stub, kind: str, is_t
         [report] = run_plan(plan(stub, prompt_kind=kind), quiet)
     assert all(isinstance(body["prompt"], str) == is_text for body in stub.bodies)
     assert report.input_tokens == 30
+
+
+def test_chats_are_text() -> None:
+    with serving(Stub()) as stub:
+        [report] = run_plan(plan(stub, endpoint="chat"), quiet)
+    assert (report.num_failed, report.output_tokens) == (0, 24)
+    for body in stub.bodies:
+        [message] = body["messages"]
+        assert message["role"] == "user"
+        assert len(message["content"].split(" ")) == 5
+
+
+def test_chats_of_ids_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--prompt-kind"):
+        run_plan(plan(Stub(), endpoint="chat", prompt_kind="tokens"), quiet)
 
 
 @pytest.mark.parametrize("stub", [Stub(tokenize=None), Stub(takes_ids=False)])

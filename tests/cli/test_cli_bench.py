@@ -17,12 +17,13 @@ SMALL = ["--num-requests", "3", "--warmup", "0", "--input-len", "4", "--output-l
 
 def test_flags_become_a_plan() -> None:
     flags = (
-        "bench serve --url u --model m --api-key k --concurrency 1,8 --num-requests 5 --warmup 1 --seed 3 "
-        "--input-len 10 --output-len 20 --spread 0.5 --prefix-len 4 --num-prefixes 2 --prompt-kind text --temperature "
-        "1 --no-ignore-eos --slo ttft=500 --slo tpot=50.5 --timeout 9"
+        "bench serve --url u --endpoint chat --model m --api-key k --concurrency 1,8 --num-requests 5 --warmup 1 "
+        "--seed 3 --input-len 10 --output-len 20 --spread 0.5 --prefix-len 4 --num-prefixes 2 --prompt-kind text "
+        "--temperature 1 --no-ignore-eos --slo ttft=500 --slo tpot=50.5 --timeout 9"
     )
     plan = plan_of(build_parser().parse_args(flags.split()))
-    assert (plan.url, plan.model, plan.api_key, plan.num_warmup, plan.seed) == ("u", "m", "k", 1, 3)
+    assert (plan.url, plan.endpoint, plan.model, plan.api_key) == ("u", "chat", "m", "k")
+    assert (plan.num_warmup, plan.seed) == (1, 3)
     assert plan.loads == (Load(concurrency=1), Load(concurrency=8))
     shape = plan.shape
     assert (shape.num_requests, shape.input_tokens, shape.output_tokens, shape.length_spread) == (5, 10, 20, 0.5)
@@ -52,6 +53,11 @@ def test_wrong_flags(flags: str) -> None:
 
 def test_a_prompt_is_longer_than_its_prefix() -> None:
     assert main(["bench", "serve", "--input-len", "8", "--prefix-len", "8"]) == 2
+
+
+def test_a_report_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--output", str(tmp_path / "none" / "figures.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_all_of_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = main(arguments)
     report = json.loads(capsys.readouterr().out)
     by_name = {check["name"]: check for check in report["checks"]}
-    assert {"python", "jax", "jaxlib", "devices", "cpu", "memory", "cache", "port"} <= set(by_name)
+    assert {"python", "jax", "jaxlib", "plugins", "devices", "cpu", "memory", "cache", "port"} <= set(by_name)
     assert "cpu" in by_name["devices"]["found"]
     problems = [check["name"] for check in report["checks"] if check["status"] == "problem"]
     assert (code, report["healthy"]) == ((1, False) if problems else (0, True))
@@ -42,6 +42,31 @@ def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (jax.status, jaxlib.status, flax.status) == ("problem", "ok", "problem")
     assert "pip install" in jax.advice
     assert "pip install flax" in flax.advice
+
+
+class TestPlugins:
+    @pytest.mark.parametrize(
+        ("installed", "status", "found"),
+        [
+            ({"jaxlib": "0.11.2"}, "ok", "none: JAX runs on the CPU"),
+            ({"jaxlib": "0.11.2", "libtpu": "0.0.42"}, "ok", "libtpu 0.0.42"),
+            ({"jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2.post1"}, "ok", "jax-cuda13-plugin 0.11.2.post1"),
+            ({"jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.1"}, "problem", "jax-cuda13-plugin 0.11.1"),
+            ({"jax-cuda13-plugin": "0.11.1"}, "ok", "jax-cuda13-plugin 0.11.1"),  # that jaxlib is missing is told
+        ],
+    )
+    def test_they_belong_to_jaxlib(
+        self, installed: dict[str, str], status: str, found: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(checks, "installed_version", installed.get)
+        finding = checks.check_plugins()
+        assert finding.status == status
+        assert finding.found.startswith(found)
+        assert (status == "ok") == (finding.advice == "")
+
+    def test_the_advice_names_the_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checks, "installed_version", {"jaxlib": "0.11.2", "jax-cuda13-pjrt": "0.10.2"}.get)
+        assert "pip install jax-cuda13-pjrt==0.11.2." in checks.check_plugins().advice
 
 
 class TestDevices:

@@ -197,7 +197,10 @@ def check_port(host: str, port: int) -> Finding:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        with socket.socket(family) as listener:
+            # As servers do: a port whose last connections are still winding down is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
     except OSError as error:
         advice = "End what listens there, or choose another with --port."
         return Finding(name="port", status="problem", found=f"{host}:{port}: {error.strerror or error}", advice=advice)

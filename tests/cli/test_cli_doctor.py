@@ -137,6 +137,19 @@ class TestFolder:
         assert "--cache-dir" in finding.advice
 
 
+class TestPort:
+    def test_what_is_wrong_is_told_once(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert checks.check_port("127.0.0.1", port).found == f"127.0.0.1:{port}: Address already in use"
+
+    def test_a_host_without_an_address(self) -> None:
+        finding = checks.check_port("host.invalid", 0)
+        assert finding.status == "problem"
+        assert finding.found.startswith("host.invalid:0: ")
+        assert "(" not in finding.found
+
+
 class TestCluster:
     def test_no_cluster(self) -> None:
         assert checks.check_cluster({}) == []

@@ -12,6 +12,17 @@ for name in [name for name in os.environ if name.startswith("JAXSERVE_") and nam
 import jax
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Modules of array functions whose annotations are checked; host code has mypy. `paged_attention/api` checks by itself,
+# with errors that its tests look at.
+ARRAY_MODULES = [
+    *("jaxserve.models.decoder", "jaxserve.models.layers", "jaxserve.quant", "jaxserve.kv.pool"),
+    *(f"jaxserve.pallas.paged_attention.{name}" for name in ("reference", "xla", "cache")),
+    *(f"jaxserve.sampling.{name}" for name in ("filters", "logits", "logprobs", "sampler", "state")),
+    *("jaxserve.engine.batch", "jaxserve.engine.programs"),
+]
+install_import_hook(ARRAY_MODULES, "shape_checker.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

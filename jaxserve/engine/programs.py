@@ -119,7 +119,7 @@ class Program:
 
 def decode(
     params: Params,
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     history: Int32[Array, "S_max L_max"],
     inputs: StepInput,
     *,

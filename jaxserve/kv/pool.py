@@ -66,11 +66,11 @@ class PoolLayout:
 
 
 def copy_pages(
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     source: Int32[Array, " C"],
     target: Int32[Array, " C"],
     num_layers: int,
-) -> Shaped[Array, "P page_size 2*K H"]:
+) -> Shaped[Array, "P page_size K2 H"]:
     """Copies pages within the pool, in every layer; jit it with the pool donated.
 
     Args:

@@ -48,12 +48,12 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T D"],
-        kv_pages: Shaped[Array, "P page_size 2*K H"],
+        kv_pages: Shaped[Array, "P page_size K2 H"],
         *,
         batch: RaggedBatch,
         layer: AttentionLayer,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size 2*K H"]]:
+    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size K2 H"]]:
         """One layer's share of the residual stream, and the pool with its keys and values."""
         with jax.named_scope("attention"):
             attended, kv_pages = self.attn(self.attn_norm(x), kv_pages, batch=batch, layer=layer, rotation=rotation)
@@ -87,8 +87,8 @@ class Decoder(nnx.Module):
         self.mesh = placement.mesh
 
     def __call__(
-        self, token_ids: Int32[Array, " T"], kv_pages: Shaped[Array, "P page_size 2*K H"], batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size 2*K H"]]:
+        self, token_ids: Int32[Array, " T"], kv_pages: Shaped[Array, "P page_size K2 H"], batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size K2 H"]]:
         """Runs a ragged batch, writing its keys and values into the pages.
 
         Args:

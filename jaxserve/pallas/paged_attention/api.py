@@ -31,13 +31,13 @@ def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size 2*K H"]]:
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """Writes the new keys and values into the pages and attends causally over each sequence's context.
 
     Rows past the batch's last token are padding: they may hold anything, write nothing, and come back as zeros. Nothing

@@ -78,10 +78,10 @@ def decode(x: Shaped[Array, "*shape"], scale: Float[Array, ""] | None) -> Float[
 def write_pages(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     batch: RaggedBatch,
     layer: AttentionLayer,
-) -> Shaped[Array, "P page_size 2*K H"]:
+) -> Shaped[Array, "P page_size K2 H"]:
     """Puts each token's keys and values at its position in its sequence's pages; padding writes nothing.
 
     Args:

@@ -28,12 +28,12 @@ def paged_attention_reference(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
-) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size 2*K H"]]:
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
     kv_pages = write_pages(k, v, kv_pages, batch, layer)
 

@@ -52,12 +52,12 @@ def paged_attention_xla(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size 2*K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
-) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size 2*K H"]]:
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     kv_pages = write_pages(k, v, kv_pages, batch, layer)
@@ -120,7 +120,7 @@ def _attend_chunks(queries: Grouped, out: Grouped, layer: Layer, batch: RaggedBa
     return attended
 
 
-def _put(out: Grouped, rows: Grouped, alive: Bool[Array, " R"], first: Scalar) -> Grouped:
+def _put(out: Grouped, rows: Float[Array, "R K G H"], alive: Bool[Array, " R"], first: Scalar) -> Grouped:
     """Writes the rows that are alive at `first`, leaving what the others would overwrite."""
     before = jax.lax.dynamic_slice_in_dim(out, first, rows.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(alive[:, None, None, None], rows, before), first, 0)
@@ -130,7 +130,7 @@ def _walk(
     query: Float[Array, "B K Q H"],
     layer: Layer,
     table: Int32[Array, "B pages_per_seq"],
-    last: Int32[Array, "B Q"],
+    last: Int32[Array, "B columns"],
     block_tokens: int,
 ) -> Float[Array, "B K Q H"]:
     """Attention of B sequences' queries over their pages, block by block.

@@ -186,8 +186,8 @@ class ServeConfig:
                 param="max_model_len",
             )
         dtype = self.dtype or ("float32" if on_cpu else facts.checkpoint_dtype)
-        # On CPUs XLA multiplies one float32 row at memory speed; integer matmuls want four rows to go through oneDNN.
-        smallest = 1 if on_cpu and self.quantization is None else 4
+        # On CPUs XLA multiplies one float32 row at memory speed; other matmuls want four rows to go through oneDNN.
+        smallest = 1 if on_cpu and self.quantization is None and dtype == "float32" else 4
         seq_buckets = _ladder(min(smallest, seqs), seqs)
         return ResolvedConfig(
             asked=self,

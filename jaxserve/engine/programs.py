@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int32, Shaped
 from jaxserve.core.types import SamplingParams
 from jaxserve.engine.batch import Buckets, StepInput, unpack, unpack_rows
 from jaxserve.kv.pool import PoolLayout, copy_pages
-from jaxserve.models.decoder import Blueprint
+from jaxserve.models.decoder import STACK, Blueprint
+from jaxserve.quant.bits import storage_dtype, to_storage
 from jaxserve.sampling.logprobs import SampleOutput, prompt_logprobs
 from jaxserve.sampling.sampler import sample
 from jaxserve.sampling.state import SamplingState, admission, admit, init_state
@@ -82,11 +83,25 @@ class Replica:
         return -(-self.limits.max_model_len // self.layout.page_size)
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters before they are loaded, with their shardings."""
-        return {
-            path: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding_for(info.axes, info.shape, self.mesh))
-            for path, info in self.blueprint.params().items()
-        }
+        """The parameters as programs take them, with shardings; the stacked ones are held as `quant/bits` says."""
+        platform = self.mesh.devices.flat[0].platform
+        structs = {}
+        for path, info in self.blueprint.params().items():
+            stacked = info.axes[0] == STACK
+            dtype = storage_dtype(info.dtype.name, platform) if stacked else info.dtype
+            sharding = sharding_for(info.axes, info.shape, self.mesh)
+            structs[path] = jax.ShapeDtypeStruct(info.shape, dtype, sharding=sharding)
+        return structs
+
+    def hold(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """Loaded parameters as programs take them; the ones passed in are given up."""
+        held = {}
+        for path, struct in self.abstract_params().items():
+            value = params[path]
+            if value.dtype != struct.dtype:
+                value = jax.jit(partial(to_storage, dtype=struct.dtype), donate_argnums=0)(value)
+            held[path] = value
+        return held
 
     def init_sampling(self) -> SamplingState:
         """The sampler's state with no slot taken."""

@@ -84,7 +84,7 @@ class DeviceRunner:
 
     def __init__(self, replica: Replica, params: Mapping[str, Array], executables: Executables) -> None:
         self._replica = replica
-        self._params = dict(params)
+        self._params = replica.hold(params)
         self._executables = executables
         self._builder = self._new_builder()
         self._kv_pages = replica.layout.allocate(replica.mesh)

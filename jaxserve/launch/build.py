@@ -35,7 +35,7 @@ from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
-from jaxserve.pallas.paged_attention.cache import storage_dtype
+from jaxserve.quant.bits import storage_dtype
 from jaxserve.sampling.validate import SamplingLimits
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import kv_repeat, sharding_for

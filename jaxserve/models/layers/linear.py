@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxserve.quant.bits import from_storage
 from jaxserve.quant.qtensor import int8_matmul
 
 
@@ -63,13 +64,13 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, T * inputs]) -> Float[Array, T * outputs]:
         """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
         rows = x.reshape(x.shape[0], self.num_inputs)
-        kernel = self.kernel[...].reshape(self.num_inputs, -1)
+        kernel = from_storage(self.kernel[...]).reshape(self.num_inputs, -1)
         if self.scale is not None:
             y = int8_matmul(rows, kernel, self.scale[...].reshape(-1))
         else:
             y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         if self.bias is not None:
-            y = y + self.bias[...].reshape(1, -1).astype(jnp.float32)
+            y = y + from_storage(self.bias[...]).reshape(1, -1).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape[0], *self.out_shape)
 
 
@@ -91,7 +92,7 @@ class Table(nnx.Module):
 
     def rows(self, token_ids: Array) -> Float[Array, "T D"]:
         """Embeddings of tokens, in the model's dtype; ids out of range give the nearest row."""
-        rows = self.table[...].at[token_ids].get(mode="clip")
+        rows = from_storage(self.table[...].at[token_ids].get(mode="clip"))
         if self.scale is not None:
             rows = rows.astype(jnp.float32) * self.scale[...].at[token_ids].get(mode="clip")[:, None]
         return rows.astype(self.dtype)
@@ -100,4 +101,5 @@ class Table(nnx.Module):
         """`x @ table.T` in float32."""
         if self.scale is not None:
             return int8_matmul(x, self.table[...], self.scale[...], transposed=True)
-        return jax.lax.dot_general(x, self.table[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        table = from_storage(self.table[...])
+        return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

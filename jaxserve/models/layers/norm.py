@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxserve.models.layers.linear import param
+from jaxserve.quant.bits import from_storage
 
 
 class RMSNorm(nnx.Module):
@@ -28,5 +29,5 @@ class RMSNorm(nnx.Module):
         """Normalises each row; float32 inside, x's dtype outside."""
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = from_storage(self.scale[...]).astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (x32 * jax.lax.rsqrt(mean_square + jnp.float32(self.eps)) * scale).astype(x.dtype)

@@ -3,9 +3,7 @@
 A page holds `x / scale` in the pool's number format. Narrow formats saturate, so an outlier costs precision and never
 becomes NaN or wraps around; integers are rounded to the nearest.
 
-The pool's array may hold the format's bits as unsigned integers: uint16 is bfloat16, uint8 is float8_e4m3fn. On the CPU
-that is how it should be (`storage_dtype`), for XLA there updates small floats by converting the whole pool to a wider
-type and back, every time; integers it updates in place.
+The pool's array may hold the format's bits as unsigned integers; see `quant/bits`.
 """
 
 from __future__ import annotations
@@ -13,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionLayer, RaggedBatch
+from jaxserve.quant.bits import format_of, from_storage, to_storage
 
 FORMATS: Mapping[str, float | None] = MappingProxyType(
     {
@@ -30,25 +28,6 @@ FORMATS: Mapping[str, float | None] = MappingProxyType(
     }
 )
 """Number formats of the pool, with the largest magnitude stored by those that saturate."""
-
-BITS: Mapping[str, str] = MappingProxyType({"uint16": "bfloat16", "uint8": "float8_e4m3fn"})
-"""Integer dtypes that hold the bits of a format."""
-
-
-def storage_dtype(kv_format: str, platform: str) -> jnp.dtype:
-    """The dtype a pool's array should have to be updated in place.
-
-    Args:
-        kv_format: One of FORMATS.
-        platform: Where the pool lives: "cpu", "tpu" or "gpu".
-    """
-    holders = {held: holder for holder, held in BITS.items()}
-    return jnp.dtype(holders.get(kv_format, kv_format) if platform == "cpu" else kv_format)
-
-
-def format_of(dtype: jnp.dtype) -> str:
-    """The number format of a pool whose array has a dtype."""
-    return BITS.get(dtype.name, dtype.name)
 
 
 def encode(x: Float[Array, "*shape"], scale: Float[Array, ""] | None, dtype: jnp.dtype) -> Shaped[Array, "*shape"]:
@@ -66,12 +45,12 @@ def encode(x: Float[Array, "*shape"], scale: Float[Array, ""] | None, dtype: jnp
         x = jnp.clip(x.astype(jnp.float32), -limit, limit)
     if dtype == jnp.int8:
         x = jnp.round(x)
-    return jax.lax.bitcast_convert_type(x.astype(format_of(dtype)), dtype)
+    return to_storage(x, dtype)
 
 
 def decode(x: Shaped[Array, "*shape"], scale: Float[Array, ""] | None) -> Float[Array, "*shape"]:
     """Turns elements of the pool into float32 values; undoes `encode` up to rounding."""
-    values = jax.lax.bitcast_convert_type(x, jnp.dtype(format_of(x.dtype))).astype(jnp.float32)
+    values = from_storage(x).astype(jnp.float32)
     return values if scale is None else values * scale
 
 

@@ -15,7 +15,7 @@ from paged_attention_cases import SHAPES, Case, Length, Shape, build, from_pool,
 
 from jaxserve.pallas.dispatch import Backend
 from jaxserve.pallas.paged_attention.api import BACKENDS, AttentionConfig, paged_attention
-from jaxserve.pallas.paged_attention.cache import storage_dtype
+from jaxserve.quant.bits import storage_dtype
 
 PLAIN = AttentionConfig(scale=0.25, sliding_window=None, soft_cap=None)
 WINDOW = AttentionConfig(scale=0.25, sliding_window=5, soft_cap=None)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.dispatch import Backend, select
-from jaxserve.pallas.paged_attention.cache import FORMATS, format_of
+from jaxserve.pallas.paged_attention.cache import FORMATS
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas.paged_attention.xla import paged_attention_xla
+from jaxserve.quant.bits import format_of
 
 __all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "paged_attention"]
 

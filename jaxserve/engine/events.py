@@ -33,7 +33,8 @@ def token_event(
         assert result.logprobs is not None, "the step was asked for log-probabilities"
         logprobs = (result.logprobs.row(index, num_top),)
     stop_token_id = token_id if reason is FinishReason.STOP else None
-    if sequence.reported:
+    first = sequence.first
+    if first.sent:
         return TokenEvent(
             request_id=request.request_id,
             index=sequence.index,
@@ -42,7 +43,7 @@ def token_event(
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
-    sequence.reported = True
+    first.sent = True
     prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, None
     return TokenEvent(
         request_id=request.request_id,
@@ -50,11 +51,11 @@ def token_event(
         token_ids=(token_id,),
         logprobs=logprobs,
         prompt_logprobs=None if prompt is None else tuple(prompt),
-        num_cached_tokens=max(sequence.num_cached_tokens, 0),
+        num_cached_tokens=max(first.num_cached_tokens, 0),
         finish_reason=reason,
         stop_token_id=stop_token_id,
-        queue_s=sequence.started_s - sequence.arrival_s,
-        prefill_s=clock() - sequence.started_s,
+        queue_s=first.started_s - sequence.arrival_s,
+        prefill_s=clock() - first.started_s,
     )
 
 

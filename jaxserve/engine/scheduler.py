@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from random import Random
 
-from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from jaxserve.core.errors import InvalidRequestError, QueueFullError
 from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.policy import MAX_PRIORITY, SchedulerConfig, admission_reserve, trimmed_tokens
-from jaxserve.engine.sequence import Sequence, SequenceStatus, Terms, rank_of
-from jaxserve.engine.steps import ScheduledSequence, ScheduledStep, StepResult
+from jaxserve.engine.intake import check_fits, new_sequences
+from jaxserve.engine.policy import SchedulerConfig, admission_reserve
+from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
+from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
 from jaxserve.kv.manager import KVManager
 
-SEED_MASK = (1 << 63) - 1
 _RETRY_AFTER_S = 1
 
 
@@ -100,38 +99,25 @@ class Scheduler:
             ContextLengthError: It fits neither the context nor the pool.
             QueueFullError: The queue is at its bound.
         """
-        self._check(request)
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
+        check_fits(request, self._config, self._kv)
         limit = self._config.max_waiting
         if self.num_waiting + request.n > limit:
             raise QueueFullError(
                 f"The queue of {limit} sequences is full; try again later.", retry_after_s=_RETRY_AFTER_S
             )
-        sampling = request.sampling
-        seed = self._random.getrandbits(63) if sampling.seed is None else sampling.seed
-        arrival = self._clock()
-        num_prompt = len(request.prompt)
-        terms = Terms(
-            rank=(0.0, 0),
-            arrival_s=arrival,
-            max_len=min(self._config.max_model_len, num_prompt + (sampling.max_tokens or self._config.max_model_len)),
-            min_len=num_prompt + sampling.min_tokens,
-            stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos),
+        seed = request.sampling.seed
+        sequences = new_sequences(
+            request,
+            self._config,
+            self._kv,
+            eos=self._eos,
+            seed=self._random.getrandbits(63) if seed is None else seed,
+            arrival_s=self._clock(),
+            first_id=self._next_seq_id,
         )
-        sequences = []
-        for index in range(request.n):
-            seq_id = self._next_seq_id
-            self._next_seq_id += 1
-            rank = (arrival + request.priority * self._config.aging_s, seq_id)
-            sequences.append(
-                Sequence(
-                    request,
-                    index,
-                    seq_id=seq_id,
-                    seed=(seed + index) & SEED_MASK,
-                    table=self._kv.new_table(request.cache_salt),
-                    terms=replace(terms, rank=rank),
-                )
-            )
+        self._next_seq_id += request.n
         self._requests[request.request_id] = sequences
         self._num_blocked += request.n - 1
         insort(self._waiting, sequences[0], key=rank_of)
@@ -142,13 +128,13 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None if nothing can run now."""
-        plan = _Plan(self._config.step_tokens)
+        plan = Plan(self._config.step_tokens)
         self._plan_decodes(plan)
         self._plan_chunks(plan)
         self._admit(plan)
         if not plan.chunks:
             return None
-        self._trim(plan)
+        plan.trim(self._config)
         return self._dispatch(plan)
 
     def commit(self, step: ScheduledStep, result: StepResult) -> list[TokenEvent]:
@@ -219,23 +205,7 @@ class Scheduler:
             assert 0 <= sequence.num_in_flight <= 1
             assert len(sequence.pages) >= self._kv.pages_for(sequence.num_computed)
 
-    def _check(self, request: Request) -> None:
-        config, num_prompt = self._config, len(request.prompt)
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
-        if abs(request.priority) > MAX_PRIORITY:
-            raise InvalidRequestError(f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}].", param="priority")
-        wanted = num_prompt + (request.sampling.max_tokens or 1)
-        room = min(config.max_model_len, self._kv.capacity_tokens)
-        if wanted > room:
-            asked = request.sampling.max_tokens
-            both = f"The prompt's {num_prompt} tokens and the {asked or 1} asked for"
-            raise ContextLengthError(
-                f"{both} exceed the context of {room} tokens; shorten the prompt or lower max_tokens.",
-                param="prompt" if asked is None or num_prompt >= room else "max_tokens",
-            )
-
-    def _plan_decodes(self, plan: _Plan) -> None:
+    def _plan_decodes(self, plan: Plan) -> None:
         """Every decoding sequence goes on by one token; those of the worst rank make room for the others."""
         index = 0
         running = self._running
@@ -257,7 +227,7 @@ class Scheduler:
                 break  # it was the last one
             plan.add(sequence, position, 1, copies)
 
-    def _plan_chunks(self, plan: _Plan) -> None:
+    def _plan_chunks(self, plan: Plan) -> None:
         """Prompts that are under way get what is left of the budget, none more than its share while others wait."""
         prefilling = [s for s in self._running if s.status is SequenceStatus.PREFILLING]
         for sequence in prefilling:
@@ -270,62 +240,46 @@ class Scheduler:
         size = min(sequence.num_uncomputed, budget)
         return min(size, self._config.long_prefill_token_threshold) if contended else size
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: Plan) -> None:
         """Sequences leave the queue in order of rank while there are slots, pages and budget."""
-        config, kv = self._config, self._kv
         while self._waiting and self._free_slots and plan.budget > 0:
             sequence = self._waiting[0]
-            reserve = admission_reserve(len(self._running), kv.num_pages, config.watermark)
-            copies: tuple[tuple[int, int], ...] | None = ()
-            if sequence.pages:
-                copies = kv.make_writable(sequence.table, sequence.num_computed, reserve=reserve)
-            else:
-                cached = kv.begin(
-                    sequence.table,
-                    sequence.token_ids,
-                    reserve=reserve,
-                    use_cache=sequence.prompt_logprobs is None,
-                    count=sequence.num_cached_tokens < 0,
-                )
-                if cached is None:
-                    copies = None
-                else:
-                    sequence.num_computed = cached
-                    if sequence.num_cached_tokens < 0:
-                        sequence.num_cached_tokens = min(cached, sequence.num_prompt)
+            copies = self._begin(sequence)
             if copies is None:
                 if self._running or not self._reclaim_forks(sequence):
                     return
                 continue
             self._waiting.pop(0)
             sequence.slot = self._free_slots.pop()
-            if sequence.started_s < 0:
-                sequence.started_s = self._clock()
+            if sequence.first.started_s < 0:
+                sequence.first.started_s = self._clock()
             sequence.status = SequenceStatus.PREFILLING
             insort(self._running, sequence, key=rank_of)
             plan.admitted.append(sequence)
             contended = bool(self._waiting) or len(plan.chunks) > plan.num_single
             plan.add(sequence, sequence.num_computed, self._chunk(sequence, plan.budget, contended), copies)
 
-    def _trim(self, plan: _Plan) -> None:
-        """Cuts the last chunk at a bucket's edge where padding would be the larger part of the work."""
-        sequence, start, num_tokens = plan.chunks[-1]
-        if num_tokens == 1:
-            return
-        total = plan.num_tokens
-        kept = trimmed_tokens(
-            total,
-            plan.num_single,
-            buckets=self._config.token_buckets,
-            overhead=self._config.step_overhead_tokens,
-            continues=start + num_tokens < len(sequence.token_ids),
+    def _begin(self, sequence: Sequence) -> tuple[tuple[int, int], ...] | None:
+        """Gets the pages a sequence needs to start; the copies they ask for, or None if there are too few."""
+        kv, first = self._kv, sequence.first
+        reserve = admission_reserve(len(self._running), kv.num_pages, self._config.watermark)
+        if sequence.pages:
+            return kv.make_writable(sequence.table, sequence.num_computed, reserve=reserve)
+        cached = kv.begin(
+            sequence.table,
+            sequence.token_ids,
+            reserve=reserve,
+            use_cache=sequence.prompt_logprobs is None,
+            count=first.num_cached_tokens < 0,
         )
-        cut = min(total - kept, num_tokens - 1)
-        if cut > 0:
-            plan.chunks[-1] = (sequence, start, num_tokens - cut)
-            plan.num_tokens -= cut
+        if cached is None:
+            return None
+        sequence.num_computed = cached
+        if first.num_cached_tokens < 0:
+            first.num_cached_tokens = min(cached, sequence.num_prompt)
+        return ()
 
-    def _dispatch(self, plan: _Plan) -> ScheduledStep:
+    def _dispatch(self, plan: Plan) -> ScheduledStep:
         """Writes the plan into the sequences: from here on the step counts as computed."""
         singles: list[ScheduledSequence] = []
         longer: list[ScheduledSequence] = []
@@ -364,7 +318,7 @@ class Scheduler:
             if child.status is SequenceStatus.BLOCKED:
                 self._kv.fork(parent.table, child.table, child.num_prompt)
                 child.num_computed = child.num_prompt - 1
-                child.num_cached_tokens = parent.num_cached_tokens
+                child.first.num_cached_tokens = parent.first.num_cached_tokens
                 child.status = SequenceStatus.WAITING
                 self._num_blocked -= 1
                 insort(self._waiting, child, key=rank_of)
@@ -444,25 +398,3 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request.request_id]
-
-
-class _Plan:
-    """A step that is being filled."""
-
-    __slots__ = ("admitted", "budget", "chunks", "copies", "num_single", "num_tokens")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.chunks: list[tuple[Sequence, int, int]] = []
-        self.admitted: list[Sequence] = []
-        self.copies: list[tuple[int, int]] = []
-        self.num_tokens = 0
-        self.num_single = 0
-
-    def add(self, sequence: Sequence, start: int, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
-        """Gives a sequence part of the budget."""
-        self.chunks.append((sequence, start, num_tokens))
-        self.budget -= num_tokens
-        self.num_tokens += num_tokens
-        self.num_single += num_tokens == 1
-        self.copies.extend(copies)

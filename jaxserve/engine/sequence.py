@@ -48,6 +48,21 @@ class Terms:
     stop_ids: frozenset[int]
 
 
+@dataclass(slots=True)
+class FirstEvent:
+    """What the first event of a sequence reports besides its token.
+
+    Attributes:
+        started_s: When the sequence first got a slot, on the scheduler's clock; negative before.
+        num_cached_tokens: Prompt tokens found in the prefix cache then; negative before.
+        sent: Whether the event is out.
+    """
+
+    started_s: float = -1.0
+    num_cached_tokens: int = -1
+    sent: bool = False
+
+
 class Sequence:
     """One of the n sequences of a request.
 
@@ -63,28 +78,24 @@ class Sequence:
         num_in_flight: Sampled tokens that dispatched steps will deliver.
         table: Its pages.
         status: Where it is in its life.
-        num_cached_tokens: Prompt tokens found in the prefix cache when it first ran; -1 before.
         terms: Limits and rank.
-        started_s: When it first got a slot; negative before.
-        reported: Whether its first event is out.
+        first: What its first event will report.
         epoch: Grows whenever results in flight become void (preemption, end).
         prompt_logprobs: What has been collected for the first event, or None if nothing is wanted (any more).
     """
 
     __slots__ = (
         "epoch",
+        "first",
         "index",
-        "num_cached_tokens",
         "num_computed",
         "num_in_flight",
         "num_prompt",
         "prompt_logprobs",
-        "reported",
         "request",
         "seed",
         "seq_id",
         "slot",
-        "started_s",
         "status",
         "table",
         "terms",
@@ -103,10 +114,8 @@ class Sequence:
         self.num_in_flight = 0
         self.table = table
         self.status = SequenceStatus.WAITING if index == 0 else SequenceStatus.BLOCKED
-        self.num_cached_tokens = -1
         self.terms = terms
-        self.started_s = -1.0
-        self.reported = False
+        self.first = FirstEvent()
         self.epoch = 0
         wanted = index == 0 and request.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None

@@ -6,7 +6,7 @@ device), then longer chunks. A `StepResult` is aligned with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.core.types import TokenLogprobs
+from jaxserve.engine.policy import SchedulerConfig, trimmed_tokens
 from jaxserve.engine.sequence import Sequence
 
 
@@ -115,3 +116,42 @@ class StepResult:
     token_ids: list[int]
     logprobs: LogprobTable | None = None
     prompt: LogprobTable | None = None
+
+
+class Plan:
+    """A step that is being filled."""
+
+    __slots__ = ("admitted", "budget", "chunks", "copies", "num_single", "num_tokens")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[tuple[Sequence, int, int]] = []
+        self.admitted: list[Sequence] = []
+        self.copies: list[tuple[int, int]] = []
+        self.num_tokens = 0
+        self.num_single = 0
+
+    def add(self, sequence: Sequence, start: int, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
+        """Gives a sequence part of the budget."""
+        self.chunks.append((sequence, start, num_tokens))
+        self.budget -= num_tokens
+        self.num_tokens += num_tokens
+        self.num_single += num_tokens == 1
+        self.copies.extend(copies)
+
+    def trim(self, config: SchedulerConfig) -> None:
+        """Cuts the last chunk at a bucket's edge where padding would be the larger part of the work."""
+        sequence, start, num_tokens = self.chunks[-1]
+        if num_tokens == 1:
+            return
+        kept = trimmed_tokens(
+            self.num_tokens,
+            self.num_single,
+            buckets=config.token_buckets,
+            overhead=config.step_overhead_tokens,
+            continues=start + num_tokens < len(sequence.token_ids),
+        )
+        cut = min(self.num_tokens - kept, num_tokens - 1)
+        if cut > 0:
+            self.chunks[-1] = (sequence, start, num_tokens - cut)
+            self.num_tokens -= cut

@@ -138,7 +138,7 @@ class KVManager:
         return True
 
     def fork(self, parent: PageTable, child: PageTable, num_tokens: int) -> None:
-        """Lets an empty table share the parent's pages of the first `num_tokens` tokens, a partial last page included."""
+        """Lets an empty table share the pages of the parent's first `num_tokens` tokens, a partial page included."""
         assert not child.pages, "the child already holds pages"
         for page in parent.pages[: self.pages_for(num_tokens)]:
             self._share(page)

@@ -1,0 +1,75 @@
+"""Intake: whether a request can ever be served, and the sequences it becomes."""
+
+from __future__ import annotations
+
+from jaxserve.core.errors import ContextLengthError, InvalidRequestError
+from jaxserve.core.types import Request
+from jaxserve.engine.policy import MAX_PRIORITY, SchedulerConfig
+from jaxserve.engine.sequence import Sequence, Terms
+from jaxserve.kv.manager import KVManager
+
+SEED_MASK = (1 << 63) - 1
+"""Seeds are taken modulo 2**63, negative ones too."""
+
+
+def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None:
+    """Refuses what no queue and no patience could serve.
+
+    Raises:
+        InvalidRequestError: The priority is out of range.
+        ContextLengthError: Prompt and output exceed the context or the pool.
+    """
+    if abs(request.priority) > MAX_PRIORITY:
+        raise InvalidRequestError(f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}].", param="priority")
+    num_prompt, asked = len(request.prompt), request.sampling.max_tokens
+    room = min(config.max_model_len, kv.capacity_tokens)
+    if num_prompt + (asked or 1) > room:
+        raise ContextLengthError(
+            f"The prompt's {num_prompt} tokens and the {asked or 1} asked for exceed the context of {room} tokens; "
+            "shorten the prompt or lower max_tokens.",
+            param="prompt" if asked is None or num_prompt >= room else "max_tokens",
+        )
+
+
+def new_sequences(
+    request: Request,
+    config: SchedulerConfig,
+    kv: KVManager,
+    *,
+    eos: frozenset[int],
+    seed: int,
+    arrival_s: float,
+    first_id: int,
+) -> list[Sequence]:
+    """The n sequences of a request.
+
+    Args:
+        request: Has passed `check_fits`.
+        config: Limits.
+        kv: Makes their page tables.
+        eos: Tokens that end a sequence unless it ignores them.
+        seed: Of the first sequence; the i-th gets seed + i.
+        arrival_s: Now, on the scheduler's clock.
+        first_id: Id of the first sequence.
+    """
+    sampling, num_prompt = request.sampling, len(request.prompt)
+    room = min(config.max_model_len, kv.capacity_tokens)
+    rank = arrival_s + request.priority * config.aging_s
+    stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+    return [
+        Sequence(
+            request,
+            index,
+            seq_id=first_id + index,
+            seed=(seed + index) & SEED_MASK,
+            table=kv.new_table(request.cache_salt),
+            terms=Terms(
+                rank=(rank, first_id + index),
+                arrival_s=arrival_s,
+                max_len=min(room, num_prompt + (sampling.max_tokens or room)),
+                min_len=num_prompt + sampling.min_tokens,
+                stop_ids=stop_ids,
+            ),
+        )
+        for index in range(request.n)
+    ]

@@ -86,6 +86,9 @@ class _InstantRunner:
         """Forgets the page tables."""
         self._builder = self._new_builder()
 
+    def close(self) -> None:
+        """There is no device memory to give back."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Recorder:

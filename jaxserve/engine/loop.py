@@ -8,7 +8,8 @@ in the caller's thread.
     schedule N+1 -> dispatch N+1 -> wait for N -> commit N -> deliver events of N -> schedule N+2 ...
 
 A step that fails ends its own sequences with an error event; the device state is made anew and every other sequence is
-computed again. If the device state cannot be made anew, the engine is dead and says so in `health`.
+computed again. If the device state cannot be made anew, or the loop itself fails, the engine is dead: it ends every
+sequence with an error event, refuses new ones, and says so in `health`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from jaxserve.core.errors import InvalidRequestError, UnavailableError
-from jaxserve.core.types import Request, TokenEvent
+from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineInfo, EngineStats, Health
 from jaxserve.engine.mailbox import EventStream, put_all
 from jaxserve.engine.runner import Runner, StepHandle
@@ -121,7 +122,8 @@ class LocalEngine:
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; unknown ids are ignored."""
         with self._work:
-            self._deliver(self._scheduler.abort(request_id))
+            if request_id in self._streams:
+                self._deliver(self._scheduler.abort(request_id))
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
@@ -134,7 +136,7 @@ class LocalEngine:
         return Health(alive=self._alive, ready=not self._refusal, reason=self._refusal)
 
     async def drain(self, deadline_s: float) -> bool:
-        """Refuses new requests and waits for those in flight; see `Engine.drain`."""
+        """Refuses new requests and waits for those in flight; see `Engine.drain`. A shorter drain may join a longer."""
         with self._work:
             self._refusal = self._refusal or DRAINING
         deadline = time.monotonic() + deadline_s
@@ -147,7 +149,7 @@ class LocalEngine:
         return True
 
     async def close(self) -> None:
-        """Aborts what is left and ends the thread. Idempotent."""
+        """Aborts what is left, ends the thread and frees the device's memory. Idempotent."""
         with self._work:
             self._refusal = CLOSED
             self._closing = True
@@ -155,12 +157,23 @@ class LocalEngine:
                 self._deliver(self._scheduler.abort(request_id))
             self._work.notify()
         await asyncio.to_thread(self._thread.join)
+        self._runner.close()
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:
+            logger.critical("The engine's loop failed: %s", error, exc_info=error)
+            with self._work:
+                self._die(f"The engine failed ({error}); restart the process.")
+
+    def _loop(self) -> None:
         flight: _Flight | None = None
         while True:
             started = time.perf_counter()
             with self._work:
+                if not self._alive:
+                    return
                 step = None if self._closing else self._scheduler.schedule()
                 if step is None and flight is None:
                     if self._closing:
@@ -219,23 +232,42 @@ class LocalEngine:
                 self._scheduler.restart()
             except Exception as fatal:
                 logger.critical("The device state cannot be made anew: %s", fatal, exc_info=fatal)
-                self._alive = False
-                self._refusal = f"The device is lost ({fatal}); restart the process."
-                self._deliver(self._scheduler.fail_all(self._refusal))
+                self._die(f"The device is lost ({fatal}); restart the process.")
+
+    def _die(self, reason: str) -> None:
+        """Ends every sequence and refuses new ones; the lock is held. Does not count on the scheduler to be sane."""
+        self._alive = False
+        self._refusal = reason
+        self._deliver(
+            [
+                TokenEvent(request_id=stream.request_id, index=index, finish_reason=FinishReason.ERROR, error=reason)
+                for stream in self._streams.values()
+                for index in sorted(stream.live)
+            ]
+        )
+        try:
+            self._scheduler.fail_all(reason)
+        except Exception as error:
+            logger.critical("The scheduler cannot end its sequences: %s", error, exc_info=error)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """Hands events to the event loops that wait for them; the lock is held."""
+        # An event of nobody raises here, before anything has changed.
+        addressed = [(self._streams[event.request_id], event) for event in events]
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]] = defaultdict(list)
-        for event in events:
-            stream = self._streams[event.request_id]
+        for stream, event in addressed:
             by_loop[stream.loop].append((stream, event))
             if event.finish_reason is not None:
-                stream.num_live -= 1
-                if stream.num_live == 0:
-                    del self._streams[event.request_id]
+                stream.live.discard(event.index)
+                if not stream.live:
+                    self._streams.pop(event.request_id, None)
         for loop, deliveries in by_loop.items():
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(put_all, deliveries)
+            except RuntimeError:
+                # Whoever read in that event loop is gone, and the loop may close at any moment.
+                if not loop.is_closed():
+                    raise
 
 
 def check_request(request: Request, info: EngineInfo, limits: SamplingLimits) -> None:

@@ -20,12 +20,12 @@ class EventStream(AsyncIterator[TokenEvent]):
         abort: Called with the request id if the stream is closed before they came.
     """
 
-    __slots__ = ("_abort", "_arrived", "_events", "_num_open", "loop", "num_live", "request_id")
+    __slots__ = ("_abort", "_arrived", "_events", "_num_open", "live", "loop", "request_id")
 
     def __init__(self, request_id: str, num_sequences: int, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
-        self.num_live = num_sequences
+        self.live = set(range(num_sequences))
         self._num_open = num_sequences
         self._abort = abort
         self._events: deque[TokenEvent] = deque()

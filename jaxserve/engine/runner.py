@@ -48,6 +48,10 @@ class Runner(Protocol):
         """Makes the KV pool and the sampler's state anew after a failed step; raises if the device is lost."""
         ...
 
+    def close(self) -> None:
+        """Gives all device memory back; idempotent. Nothing runs afterwards."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
@@ -120,6 +124,12 @@ class DeviceRunner:
         self._kv_pages = self._replica.layout.allocate(self._replica.mesh)
         self._sampling = self._replica.init_sampling()
         jax.block_until_ready(self._kv_pages)
+
+    def close(self) -> None:
+        """Gives all device memory back; idempotent. Nothing runs afterwards."""
+        self._params = {}
+        for array in jax.tree.leaves((self._kv_pages, self._sampling)):
+            array.delete()
 
     def warm_up(self) -> float:
         """Waits until the device state exists; returns the seconds it took."""

@@ -187,6 +187,7 @@ def load_params(
     abstract: Mapping[str, ParamInfo],
     *,
     mesh: Mesh,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """The model's parameters, each on its devices.
@@ -196,6 +197,7 @@ def load_params(
         spec: Its spec.
         abstract: Every parameter to fill: shape, dtype and logical axes.
         mesh: The devices.
+        seed: Of random weights.
         progress: Told about bytes of parameters as they are filled.
 
     Raises:
@@ -204,7 +206,7 @@ def load_params(
     if source.kind is SourceKind.RANDOM:
         from jaxserve.checkpoint.random import random_params
 
-        return random_params(spec, abstract, mesh=mesh, progress=progress)
+        return random_params(spec, abstract, mesh=mesh, seed=seed, progress=progress)
     family = registry.family_named(spec.family)
     reader: GGUFFile | SafetensorsFolder
     if source.kind is SourceKind.GGUF:

@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from jaxserve.core.errors import ConfigError
 
+T = TypeVar("T")
 ENV_PREFIX = "JAXSERVE_"
 MIB = 1 << 20
 
@@ -63,29 +64,25 @@ def _boolean(text: str) -> bool:
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"'{text}' is not one of {', '.join(choices)}")
-        return text
-
-    return parse
+    return _checked(str, lambda text: text in choices, f"one of {', '.join(choices)}")
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"{value} is not {f'at least {low}' if high is None else f'in [{low}, {high}]'}")
-        return value
-
-    return parse
+    wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    return _checked(int, lambda value: value >= low and (high is None or value <= high), wanted)
 
 
 def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(f"{value} is not in [{low}, {high}]")
+    return _checked(float, lambda value: low <= value <= high, f"in [{low}, {high}]")
+
+
+def _checked(read: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+    """A parser that reads text as `read` does and refuses what does not hold."""
+
+    def parse(text: str) -> T:
+        value = read(text)
+        if not holds(value):
+            raise ValueError(f"'{text}' is not {wanted}")
         return value
 
     return parse
@@ -114,7 +111,7 @@ class ServeConfig:
     dtype: str | None = _setting(
         None,
         _choice("float32", "bfloat16", "float16"),
-        "dtype of activations and unquantised weights (auto: float32 on CPUs, else the checkpoint's)",
+        "dtype of activations and unquantised weights (auto: the checkpoint's; on CPUs bfloat16 for float16)",
         none="auto",
     )
     quantization: str | None = _setting(
@@ -185,7 +182,7 @@ class ServeConfig:
                 f"{self.max_model_len}; raise num_pages or memory_fraction, or lower max_model_len.",
                 param="max_model_len",
             )
-        dtype = self.dtype or ("float32" if on_cpu else facts.checkpoint_dtype)
+        dtype = self.dtype or auto_dtype(facts.platform, facts.checkpoint_dtype)
         # On CPUs XLA multiplies one float32 row at memory speed; other matmuls want four rows to go through oneDNN.
         smallest = 1 if on_cpu and self.quantization is None and dtype == "float32" else 4
         seq_buckets = _ladder(min(smallest, seqs), seqs)
@@ -268,6 +265,11 @@ class ResolvedConfig:
     seq_buckets: tuple[int, ...]
     token_buckets: tuple[int, ...]
     long_prefill_token_threshold: int
+
+
+def auto_dtype(platform: str, checkpoint_dtype: str) -> str:
+    """What `--dtype auto` means: the checkpoint's own, except where CPUs have no fast arithmetic for it."""
+    return "bfloat16" if platform == "cpu" and checkpoint_dtype == "float16" else checkpoint_dtype
 
 
 def _ladder(smallest: int, largest: int) -> tuple[int, ...]:

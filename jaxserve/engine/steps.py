@@ -151,7 +151,7 @@ class Plan:
             overhead=config.step_overhead_tokens,
             continues=start + num_tokens < len(sequence.token_ids),
         )
-        cut = min(self.num_tokens - kept, num_tokens - 1)
-        if cut > 0:
+        cut = self.num_tokens - kept
+        if 0 < cut < num_tokens:
             self.chunks[-1] = (sequence, start, num_tokens - cut)
             self.num_tokens -= cut

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Array
 
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
-from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, cache_dir
+from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype, cache_dir
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache
@@ -95,7 +96,7 @@ def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Repl
     """
     device = mesh.devices.flat[0]
     repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
-    guess = jnp.dtype(config.dtype or ("float32" if device.platform == "cpu" else spec.dtype))
+    guess = jnp.dtype(config.dtype or auto_dtype(device.platform, spec.dtype))
     blueprint = Blueprint.of(
         spec,
         dtype=guess,
@@ -159,7 +160,7 @@ def build_engine(
     if config.compilation_cache:
         enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
     replica, resolved = plan_replica(config, model.spec, mesh)
-    params, executables = _load_and_compile(model, replica, progress)
+    params, executables = _load_and_compile(model, replica, config.seed, progress)
     runner = DeviceRunner(replica, params, executables)
     runner.warm_up()
     release_free_memory()
@@ -205,11 +206,12 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
         ),
         kv,
         eos_token_ids,
+        random=Random(resolved.asked.seed),
     )
 
 
 def _load_and_compile(
-    model: Model, replica: Replica, progress: Progress | None
+    model: Model, replica: Replica, seed: int, progress: Progress | None
 ) -> tuple[Mapping[str, Array], Executables]:
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(
@@ -218,6 +220,7 @@ def _load_and_compile(
             model.spec,
             replica.blueprint.params(),
             mesh=replica.mesh,
+            seed=seed,
             progress=progress,
         )
         executables = compile_programs(programs(replica), num_threads=2, progress=progress)

@@ -138,7 +138,7 @@ class TestLoad:
 class TestResolve:
     def test_cpu(self) -> None:
         resolved = ServeConfig().resolve(CPU)
-        assert (resolved.dtype, resolved.kv_cache_dtype, resolved.page_size) == ("float32", "float32", 16)
+        assert (resolved.dtype, resolved.kv_cache_dtype, resolved.page_size) == ("bfloat16", "bfloat16", 16)
         assert resolved.num_pages * 16 * 46080 <= 512 * MIB
         assert resolved.num_pages * 16 <= 16384
         assert resolved.max_model_len == 8192

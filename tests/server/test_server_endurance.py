@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 
 from server_harness import CHAT, COMPLETIONS, chat, client_of, completion, make_app, make_engine, until_idle
 
@@ -36,8 +37,8 @@ async def test_10000_requests_leave_nothing_behind() -> None:
             gc.collect()
             return len(gc.get_objects())
 
-        before = await visit_together(1000)
-        after = await visit_together(9000)
-    # A leak of one object a request would show as 9000.
-    assert after - before < 1000
+        counts = [await visit_together(size) for size in (1000, 3000, 3000, 3000)]
+    # A leak of one object a request would show as 3000 in every round; what other tests left running may show in one.
+    growth = [after - before for before, after in itertools.pairwise(counts)]
+    assert min(growth) < 1000
     assert len(asyncio.all_tasks()) <= 2

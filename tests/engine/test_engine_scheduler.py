@@ -1,0 +1,291 @@
+"""The scheduler's promises, one by one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from scheduler_device import EOS, PageDevice, next_token
+
+from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
+from jaxserve.engine.policy import SchedulerConfig
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.steps import ScheduledStep
+from jaxserve.kv.manager import KVManager
+
+
+class Bench:
+    """A scheduler and a device, run step by step."""
+
+    def __init__(self, *, num_pages: int = 64, page_size: int = 4, **config: Any) -> None:
+        settings = {
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            "max_model_len": 64,
+            "token_buckets": (4, 8, 16),
+            "step_overhead_tokens": 0,
+            **config,
+        }
+        self.now = 0.0
+        self.kv = KVManager(num_pages=num_pages, page_size=page_size)
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.kv, (EOS,), clock=lambda: self.now)
+        self.device = PageDevice(page_size, settings["max_num_seqs"])
+        self.tokens: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        self.events: list[TokenEvent] = []
+        self.steps: list[ScheduledStep] = []
+
+    def submit(
+        self, name: str, prompt: list[int], *, n: int = 1, priority: int = 0, salt: str = "", **sampling: Any
+    ) -> None:
+        params = SamplingParams(**{"seed": 0, "ignore_eos": True, "max_tokens": 4, **sampling})
+        self.scheduler.submit(
+            Request(request_id=name, prompt=tuple(prompt), sampling=params, n=n, priority=priority, cache_salt=salt)
+        )
+
+    def step(self) -> bool:
+        step = self.scheduler.schedule()
+        if step is None:
+            return False
+        self.steps.append(step)
+        for event in self.scheduler.commit(step, self.device.execute(step)):
+            self.tokens[event.request_id, event.index].extend(event.token_ids)
+            self.events.append(event)
+        self.scheduler.check_integrity()
+        return True
+
+    def finish(self) -> None:
+        while self.step():
+            pass
+        assert not self.scheduler.has_work
+        assert self.kv.stats().num_owned == 0
+
+    def first(self, name: str) -> TokenEvent:
+        return next(event for event in self.events if event.request_id == name)
+
+
+def expected(prompt: list[int], count: int, seed: int = 0) -> list[int]:
+    history = list(prompt)
+    for _ in range(count):
+        history.append(next_token(history, seed))
+    return history[len(prompt) :]
+
+
+def test_a_prompt_is_cut_into_chunks_under_the_budget() -> None:
+    bench = Bench()
+    bench.submit("a", list(range(40)))
+    bench.finish()
+    assert [step.num_tokens for step in bench.steps] == [16, 16, 8, 1, 1, 1]
+    assert bench.tokens["a", 0] == expected(list(range(40)), 4)
+
+
+def test_decodes_go_on_beside_chunks() -> None:
+    bench = Bench()
+    bench.submit("a", [1, 2, 3], max_tokens=8)
+    bench.step()
+    bench.submit("b", list(range(40)))
+    bench.step()
+    step = bench.steps[-1]
+    assert step.num_decodes == 1
+    assert step.items[0].sequence.request.request_id == "a"
+    assert step.num_tokens == 16
+
+
+def test_forks_share_the_prompt_and_compute_only_its_last_token() -> None:
+    bench = Bench()
+    prompt = list(range(14))
+    bench.submit("a", prompt, n=3, max_tokens=5)
+    bench.finish()
+    # 14 of the prompt, 2 forks of one token, and 4 more steps for each of the three.
+    assert bench.device.num_computed == 14 + 2 + 3 * 4
+    assert sum(len(step.page_copies) for step in bench.steps) == 2
+    for index in range(3):
+        assert bench.tokens["a", index] == expected(prompt, 5, seed=index)
+
+
+def test_a_full_pool_preempts_the_last_and_its_tokens_stay_the_same() -> None:
+    bench = Bench(num_pages=10, watermark=0.0)
+    for name in "abc":
+        bench.submit(name, [ord(name)] * 8, max_tokens=16)
+    bench.finish()
+    assert bench.scheduler.stats().num_preemptions > 0
+    for name in "abc":
+        assert bench.tokens[name, 0] == expected([ord(name)] * 8, 16)
+    finished = [event.request_id for event in bench.events if event.finish_reason]
+    assert finished[0] == "a", "the first to come was preempted"
+
+
+def test_a_prefix_is_computed_once() -> None:
+    bench = Bench()
+    prompt = list(range(20))
+    bench.submit("a", prompt)
+    bench.finish()
+    before = bench.device.num_computed
+    bench.submit("b", [*prompt, 99])
+    bench.finish()
+    assert bench.device.num_computed - before == 1 + 3
+    assert bench.first("b").num_cached_tokens == 20
+    assert bench.scheduler.stats().prefix_cache_hits_tokens == 20
+    assert bench.scheduler.stats().prefix_cache_queries_tokens == 41
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    bench = Bench()
+    for name in "ab":
+        bench.submit(name, list(range(16)))
+        bench.finish()
+    assert bench.first("b").num_cached_tokens == 12
+
+
+def test_salts_do_not_share() -> None:
+    bench = Bench()
+    for name, salt in (("a", ""), ("b", "x"), ("c", "x")):
+        bench.submit(name, list(range(20)), salt=salt)
+        bench.finish()
+    assert [bench.first(name).num_cached_tokens for name in "abc"] == [0, 0, 16]
+
+
+def test_priority_goes_first_and_waiting_makes_up_for_it() -> None:
+    bench = Bench(max_num_seqs=1, aging_s=10.0)
+    bench.submit("running", [1])
+    bench.step()
+    bench.submit("patient", [2])
+    bench.now = 5.0
+    bench.submit("urgent", [3], priority=-1)
+    bench.now = 30.0
+    bench.submit("late", [4], priority=-1)
+    bench.finish()
+    order = [event.request_id for event in bench.events if event.finish_reason]
+    assert order == ["running", "urgent", "patient", "late"]
+
+
+def test_a_long_prompt_leaves_room_for_short_ones() -> None:
+    bench = Bench(long_prefill_token_threshold=8)
+    bench.submit("long", list(range(48)))
+    bench.submit("short", [1, 2, 3, 4])
+    bench.step()
+    assert {item.sequence.request.request_id: item.num_tokens for item in bench.steps[0].items} == {
+        "long": 8,
+        "short": 4,
+    }
+    bench.finish()
+    assert bench.tokens["long", 0] == expected(list(range(48)), 4)
+
+
+def test_short_prompts_do_not_starve_a_long_one() -> None:
+    bench = Bench(max_num_seqs=2, num_pages=16)
+    bench.submit("s0", [1], max_tokens=8)
+    bench.step()
+    bench.submit("long", list(range(50)), max_tokens=2)
+    for index in range(1, 20):
+        bench.submit(f"s{index}", [1], max_tokens=8)
+    bench.finish()
+    order = [event.request_id for event in bench.events if event.finish_reason]
+    assert order.index("long") <= 3
+
+
+def test_the_queue_is_bounded() -> None:
+    bench = Bench(max_waiting=3)
+    bench.submit("a", [1], n=2)
+    with pytest.raises(QueueFullError) as error:
+        bench.submit("b", [1], n=2)
+    assert error.value.retry_after_s >= 1
+    bench.submit("c", [1])
+    bench.finish()
+    assert len(bench.tokens) == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "param"),
+    [(70, None, "prompt"), (64, 1, "prompt"), (60, 5, "max_tokens"), (30, 40, "max_tokens")],
+)
+def test_what_never_fits_is_refused(length: int, max_tokens: int | None, param: str) -> None:
+    bench = Bench()
+    with pytest.raises(ContextLengthError) as error:
+        bench.submit("a", [1] * length, max_tokens=max_tokens)
+    assert error.value.param == param
+    assert not bench.scheduler.has_work
+
+
+def test_no_limit_means_to_the_end_of_the_context() -> None:
+    bench = Bench()
+    bench.submit("a", [1] * 10, max_tokens=None)
+    bench.finish()
+    assert len(bench.tokens["a", 0]) == 54
+    assert bench.events[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_stop_tokens_end_a_sequence_unless_told_otherwise() -> None:
+    prompt = [3, 1]
+    history = expected(prompt, 40)
+    stop = history[2]
+    first = history.index(stop)
+    bench = Bench()
+    bench.submit("a", prompt, max_tokens=30, stop_token_ids=(stop,))
+    bench.submit("b", prompt, max_tokens=30, stop_token_ids=(stop,), min_tokens=first + 2)
+    bench.finish()
+    assert bench.tokens["a", 0] == history[: first + 1]
+    last = [event for event in bench.events if event.request_id == "a"][-1]
+    assert (last.finish_reason, last.stop_token_id) == (FinishReason.STOP, stop)
+    assert len(bench.tokens["b", 0]) > first + 1
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 0])
+def test_any_int64_is_a_seed(seed: int) -> None:
+    bench = Bench()
+    bench.submit("a", [1], seed=seed, n=2)
+    bench.finish()
+    sequences = {item.sequence.index: item.sequence.seed for step in bench.steps for item in step.items}
+    assert sequences == {0: seed % 2**63, 1: (seed + 1) % 2**63}
+
+
+def test_requests_without_a_seed_differ() -> None:
+    bench = Bench()
+    bench.submit("a", [1], seed=None)
+    bench.submit("b", [1], seed=None)
+    bench.finish()
+    seeds = {item.sequence.seed for step in bench.steps for item in step.items}
+    assert len(seeds) == 2
+
+
+def test_ids_and_priorities_are_checked() -> None:
+    bench = Bench()
+    bench.submit("a", [1])
+    with pytest.raises(InvalidRequestError, match="in flight"):
+        bench.submit("a", [1])
+    with pytest.raises(InvalidRequestError) as error:
+        bench.submit("b", [1], priority=10**7)
+    assert error.value.param == "priority"
+
+
+def test_a_failed_step_ends_its_sequences_and_those_that_wait_for_their_prompt() -> None:
+    bench = Bench()
+    bench.submit("a", list(range(30)), n=2)
+    step = bench.scheduler.schedule()
+    assert step is not None
+    events = bench.scheduler.fail(step, "broken")
+    assert sorted((event.index, event.finish_reason, event.error) for event in events) == [
+        (0, FinishReason.ERROR, "broken"),
+        (1, FinishReason.ERROR, "broken"),
+    ]
+    bench.scheduler.restart()
+    bench.scheduler.check_integrity()
+    assert not bench.scheduler.has_work
+
+
+def test_ten_thousand_requests_leave_nothing_behind() -> None:
+    bench = Bench(max_num_batched_tokens=16)
+    for index in range(2500):
+        for sub in range(4):
+            bench.submit(f"{index}-{sub}", [index % 40, sub, 3], max_tokens=2)
+        while bench.step():
+            pass
+        bench.events.clear()
+        bench.steps.clear()
+    assert not bench.scheduler.has_work
+    assert bench.kv.stats().num_owned == 0
+    held = vars(bench.scheduler)
+    assert not held["_requests"]
+    assert not held["_waiting"]
+    assert not held["_running"]

@@ -23,7 +23,7 @@ from jaxserve.core.config import MeshShape, ResolvedConfig, ServeConfig
 from jaxserve.core.types import Request, TokenEvent
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs
-from jaxserve.engine.loop import LocalEngine
+from jaxserve.engine.loop import LocalEngine, StepObserver
 from jaxserve.engine.programs import Replica, programs
 from jaxserve.engine.runner import DeviceRunner, Runner
 from jaxserve.engine.scheduler import Scheduler
@@ -146,6 +146,7 @@ def start(
     *,
     runner: Runner | None = None,
     scheduler: Scheduler | None = None,
+    observer: StepObserver | None = None,
     counter: CompileCounter | None = None,
     **limits: Any,
 ) -> LocalEngine:
@@ -155,6 +156,7 @@ def start(
         model: What it serves.
         runner: Stands in for the model's own.
         scheduler: Stands in for a new one.
+        observer: Is told about each step.
         counter: Counts compilations.
         limits: Fields of the resolved configuration to make smaller: num_pages, max_num_batched_tokens,
             max_num_seqs, long_prefill_token_threshold; and of the one asked for: max_waiting, enable_prefix_caching.
@@ -175,6 +177,7 @@ def start(
             max_num_seqs=resolved.max_num_seqs,
         ),
         limits=model.replica.limits,
+        observer=observer,
         num_compiles=lambda: counter.count if counter is not None else 0,
     )
 
@@ -204,9 +207,10 @@ async def generate(engine: LocalEngine, request: Request) -> list[TokenEvent]:
 async def generate_all(
     engine: LocalEngine, requests: Sequence[Request], *, concurrently: bool = True
 ) -> list[list[TokenEvent]]:
-    """Events of each request, run one after another or all at once."""
+    """Events of each request, run one after another or all at once: no step runs before the last is submitted."""
     if concurrently:
-        streams = [engine.stream(request) for request in requests]
+        with engine._work:
+            streams = [engine.stream(request) for request in requests]
         return await asyncio.gather(*(_drained(stream) for stream in streams))
     return [await generate(engine, request) for request in requests]
 

@@ -32,7 +32,8 @@ from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import Activation, ModelSpec, RopeSpec
 from jaxserve.sharding.mesh import make_mesh
 
-EOS = 2
+EOS = 1
+# The vocabulary is that of the server tests' tokenizer.
 SPEC = ModelSpec(
     family="llama",
     num_layers=2,
@@ -41,7 +42,7 @@ SPEC = ModelSpec(
     num_kv_heads=2,
     head_dim=16,
     ffn_size=96,
-    vocab_size=320,
+    vocab_size=260,
     max_position=256,
     norm_eps=1e-5,
     rope=RopeSpec(theta=10000.0, scaling=None),
@@ -238,5 +239,9 @@ def counting() -> Any:
         counter.stop()
 
 
-def on_mesh(tensor: int, config: ServeConfig = CONFIG) -> ServeConfig:
-    return replace(config, mesh=MeshShape(tensor=tensor))
+SMALL = replace(CONFIG, max_num_seqs=8, max_num_batched_tokens=32)
+"""Fewer programs, for models that a few tests use."""
+
+
+def on_mesh(config: ServeConfig, *, tensor: int, data: int = 1) -> ServeConfig:
+    return replace(config, mesh=MeshShape(tensor=tensor, data=data))

@@ -101,7 +101,7 @@ def requests() -> list[Request]:
     """Twelve: some greedy, some sampled, some of several sequences, some longer than a step's budget."""
     made = []
     for number in range(12):
-        prompt = tuple(10 + (number * 31 + place * 7) % 300 for place in range(5 + 6 * number))
+        prompt = tuple(10 + (number * 31 + place * 7) % 250 for place in range(5 + 6 * number))
         sampling = SamplingParams(
             temperature=float(number % 2), seed=number, max_tokens=8 + number, ignore_eos=True, repetition_penalty=1.1
         )

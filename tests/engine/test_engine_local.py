@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from engine_conformance import EngineConformance, make_request, run, terminal, tokens
-from tiny_engine import SPEC, Compiled, compiled, generate_all, new_runner, serving, start
+from tiny_engine import EOS, SPEC, Compiled, compiled, generate_all, new_runner, serving, start
 
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from jaxserve.engine.api import Engine
@@ -131,17 +131,17 @@ async def test_sequences_of_a_request_differ_and_share_the_prompt(tiny: Compiled
 
 
 async def test_eos_ends_a_sequence_unless_ignored(tiny: Compiled) -> None:
-    forced = {"logit_bias": {2: 100.0}, "max_tokens": 6}
+    forced = {"logit_bias": {EOS: 100.0}, "max_tokens": 6}
     async with serving(start(tiny)) as engine:
         ended = await run(engine, make_request("a", ignore_eos=False, **forced))
         ignored = await run(engine, make_request("b", ignore_eos=True, **forced))
         delayed = await run(engine, make_request("c", ignore_eos=False, min_tokens=3, **forced))
-    assert tokens(ended) == [2]
+    assert tokens(ended) == [EOS]
     assert terminal(ended).finish_reason is FinishReason.STOP
-    assert terminal(ended).stop_token_id == 2
-    assert tokens(ignored) == [2] * 6
+    assert terminal(ended).stop_token_id == EOS
+    assert tokens(ignored) == [EOS] * 6
     assert len(tokens(delayed)) == 4
-    assert tokens(delayed).index(2) == 3
+    assert tokens(delayed).index(EOS) == 3
 
 
 async def test_priorities_decide_who_waits(tiny: Compiled) -> None:

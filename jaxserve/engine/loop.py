@@ -20,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from jaxserve.engine.api import EngineInfo, EngineStats, Health
 from jaxserve.engine.mailbox import EventStream, put_all
 from jaxserve.engine.runner import Runner, StepHandle
 from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sequence import Sequence
 from jaxserve.engine.steps import ScheduledStep
 from jaxserve.sampling.validate import SamplingLimits, validate_sampling
 
@@ -175,6 +177,8 @@ class LocalEngine:
                 if not self._alive:
                     return
                 step = None if self._closing else self._scheduler.schedule()
+                if step is not None:
+                    step = replace(step, admitted=tuple(map(_as_admitted, step.admitted)))
                 if step is None and flight is None:
                     if self._closing:
                         return
@@ -268,6 +272,19 @@ class LocalEngine:
                 # Whoever read in that event loop is gone, and the loop may close at any moment.
                 if not loop.is_closed():
                     raise
+
+
+def _as_admitted(sequence: Sequence) -> Sequence:
+    """A copy of what the device loads, made under the lock.
+
+    The step is dispatched without the lock, and an abort meanwhile takes slot and pages from the sequence itself: its
+    state would be loaded into another's slot, and its keys written to pages that are no longer its own.
+    """
+    admitted = copy(sequence)
+    admitted.token_ids = list(sequence.token_ids)
+    admitted.table = copy(sequence.table)
+    admitted.table.pages = list(sequence.pages)
+    return admitted
 
 
 def check_request(request: Request, info: EngineInfo, limits: SamplingLimits) -> None:

@@ -208,6 +208,41 @@ def break_method(scheduler: Scheduler, name: str, *, after_calls: int, too_late:
     setattr(scheduler, name, broken)
 
 
+class AbortingRunner(FaultyRunner):
+    """Some requests are aborted just when a step that admits them is being dispatched."""
+
+    engine: LocalEngine
+    victims: frozenset[str]
+
+    def execute(self, step: ScheduledStep) -> StepHandle:
+        for sequence in step.admitted:
+            if sequence.request.request_id in self.victims:
+                self.engine.abort(sequence.request.request_id)
+        return super().execute(step)
+
+
+async def test_abort_between_scheduling_and_dispatch_harms_nobody(
+    tiny: Compiled, undisturbed: list[dict[int, list[int]]]
+) -> None:
+    runner = AbortingRunner(new_runner(tiny), Faults())
+    runner.victims = frozenset({"r1", "r4", "r6", "r9"})
+    # All slots are taken, and so are the pages that a wrong table would point to.
+    async with serving(start(tiny, runner=runner, max_num_seqs=16, enable_prefix_caching=False)) as engine:
+        runner.engine = engine
+        results = await asyncio.wait_for(generate_all(engine, [*requests(), *again()]), 60)
+    for request, events, expected in zip([*requests(), *again()], results, undisturbed * 2, strict=True):
+        for index in range(request.n):
+            if request.request_id in runner.victims:
+                assert terminal(events, index).finish_reason is FinishReason.ABORT
+            else:
+                assert tokens(events, index) == expected[index]
+
+
+def again() -> list[Request]:
+    """The same twelve under other names."""
+    return [replace(request, request_id=f"again {request.request_id}") for request in requests()]
+
+
 @pytest.mark.parametrize("sane_at_the_end", [True, False])
 @pytest.mark.parametrize(
     ("name", "after_calls", "too_late", "faults"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -229,12 +229,11 @@ def tokens_by_index(events: Sequence[TokenEvent]) -> dict[int, list[int]]:
 
 
 @contextlib.contextmanager
-def counting() -> Any:
-    """Counts compilations within."""
-    counter = CompileCounter()
+def counting(counter: CompileCounter) -> Iterator[None]:
+    """Counts compilations within; begin once the engine is ready."""
     counter.start()
     try:
-        yield counter
+        yield
     finally:
         counter.stop()
 

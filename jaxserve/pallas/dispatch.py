@@ -10,7 +10,9 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import jax
@@ -36,6 +38,28 @@ class Backend(enum.StrEnum):
     GPU = "gpu"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where an op will run, and how.
+
+    Attributes:
+        platform: "cpu", "tpu" or "gpu"; JAX's default backend if None.
+        backend: The implementation that was asked for; None takes the platform's best one that can.
+    """
+
+    platform: str | None = None
+    backend: Backend | None = None
+
+    @property
+    def resolved_platform(self) -> str:
+        """The platform, JAX's default one if none was named."""
+        return self.platform or jax.default_backend()
+
+
+ANYWHERE = Target()
+"""JAX's default backend, and its best implementation."""
+
+
 def preference(platform: str) -> tuple[Backend, ...]:
     """Backends that can run on a platform, fastest first.
 
@@ -46,28 +70,27 @@ def preference(platform: str) -> tuple[Backend, ...]:
     return (*kernels, Backend.XLA, Backend.REFERENCE)
 
 
-def select(
-    op: str, backends: Mapping[Backend, Callable[P, R]], chosen: Backend | None = None, platform: str | None = None
-) -> Callable[P, R]:
+def select(op: str, backends: Mapping[Backend, Callable[P, R]], target: Target = ANYWHERE) -> Callable[P, R]:
     """The function to call for an op.
 
     Args:
         op: Name of the op, for messages.
         backends: Implementations there are, all of one signature.
-        chosen: The one to use; None takes the platform's best one that does not raise NotImplementedError.
-        platform: Where the op will run; JAX's default backend if None.
+        target: Where it will run, and the backend that was asked for; without one, the platform's best one runs that does
+            not raise NotImplementedError.
 
     Raises:
         ConfigError: The op has no such backend.
     """
+    chosen = target.backend
     if chosen is not None:
         if chosen not in backends:
             names = ", ".join(backends)
             raise ConfigError(f"{op} has no backend {chosen}; it has {names}.", param="backend")
         return backends[chosen]
-    candidates = [b for b in preference(platform or jax.default_backend()) if b in backends]
+    candidates = [b for b in preference(target.resolved_platform) if b in backends]
     if not candidates:
-        raise ConfigError(f"{op} has no backend for {platform or jax.default_backend()}.", param="backend")
+        raise ConfigError(f"{op} has no backend for {target.resolved_platform}.", param="backend")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for backend, following in itertools.pairwise(candidates):
@@ -78,3 +101,16 @@ def select(
         return backends[candidates[-1]](*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def interpreted(target: Target) -> Iterator[None]:
+    """Traces a TPU kernel that was asked for where there is no TPU for its interpreter: slow, the same arithmetic."""
+    if target.backend is not Backend.TPU or target.resolved_platform == "tpu":
+        yield
+        return
+    # Imported here, for it takes a tenth of a second that no other start should pay.
+    from jax.experimental.pallas import tpu as pltpu
+
+    with pltpu.force_tpu_interpret_mode():
+        yield

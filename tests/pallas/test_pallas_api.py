@@ -81,23 +81,23 @@ def refuse(x: int) -> str:
 def test_automatic_choice_prefers_the_platform_and_falls_back_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
     backends = {Backend.REFERENCE: lambda x: f"reference {x}", Backend.TPU: refuse, Backend.XLA: lambda x: f"xla {x}"}
     with caplog.at_level(logging.WARNING):
-        assert select("op", backends, platform="tpu")(3) == "xla 3"
+        assert select("op", backends, Target(platform="tpu"))(3) == "xla 3"
     assert [record.getMessage() for record in caplog.records] == ["op: backend tpu cannot do this (no 3); using xla"]
     caplog.clear()
-    assert select("op", backends, platform="cpu")(3) == "xla 3"
+    assert select("op", backends, Target(platform="cpu"))(3) == "xla 3"
     assert not caplog.records
 
 
 def test_the_last_backend_has_no_fallback() -> None:
     with pytest.raises(NotImplementedError, match="no 4"):
-        select("op", {Backend.REFERENCE: refuse, Backend.XLA: refuse}, platform="cpu")(4)
+        select("op", {Backend.REFERENCE: refuse, Backend.XLA: refuse}, Target(platform="cpu"))(4)
 
 
 def test_explicit_choice_is_kept() -> None:
     backends = {Backend.REFERENCE: lambda x: "reference", Backend.XLA: refuse}
-    assert select("op", backends, Backend.REFERENCE, "cpu")(1) == "reference"
+    assert select("op", backends, Target(platform="cpu", backend=Backend.REFERENCE))(1) == "reference"
     with pytest.raises(NotImplementedError, match="no 1"):
-        select("op", backends, Backend.XLA, "cpu")(1)
+        select("op", backends, Target(platform="cpu", backend=Backend.XLA))(1)
 
 
 def test_other_errors_are_not_taken_for_lack_of_support() -> None:
@@ -105,14 +105,14 @@ def test_other_errors_are_not_taken_for_lack_of_support() -> None:
         raise ValueError("bug")
 
     with pytest.raises(ValueError, match="bug"):
-        select("op", {Backend.XLA: broken, Backend.REFERENCE: lambda x: "reference"}, platform="cpu")(1)
+        select("op", {Backend.XLA: broken, Backend.REFERENCE: lambda x: "reference"}, Target(platform="cpu"))(1)
 
 
 def test_missing_backends_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="no backend gpu; it has xla"):
-        select("op", {Backend.XLA: refuse}, Backend.GPU)
+        select("op", {Backend.XLA: refuse}, Target(backend=Backend.GPU))
     with pytest.raises(ConfigError, match="no backend for cpu"):
-        select("op", {Backend.TPU: refuse}, platform="cpu")
+        select("op", {Backend.TPU: refuse}, Target(platform="cpu"))
 
 
 def test_every_platform_ends_with_what_runs_anywhere() -> None:

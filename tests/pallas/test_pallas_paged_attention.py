@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_attention_cases import SHAPES, Case, Length, Shape, build, from_pool, oracle, to_pool, tolerance
 
-from jaxserve.pallas.dispatch import Backend
+from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.api import BACKENDS, AttentionConfig, paged_attention
 from jaxserve.quant.bits import storage_dtype
 
@@ -31,7 +31,7 @@ backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in (Back
 @functools.cache
 def compiled(backend: Backend, config: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
     options = {"xla_backend_optimization_level": 0}
-    op = functools.partial(paged_attention, config=config, backend=backend)
+    op = functools.partial(paged_attention, config=config, target=Target(backend=backend))
     return jax.jit(op, donate_argnums=3, compiler_options=options)
 
 
@@ -190,7 +190,9 @@ def test_chunks_that_could_be_decodes_may_be_declared_chunks(backend: Backend) -
     arrays = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_pages)]
     batch = jax.tree.map(lambda x: x, case.batch())
     object.__setattr__(batch, "num_decodes", jnp.int32(0))
-    out, _ = jax.jit(functools.partial(paged_attention, config=PLAIN, backend=backend))(*arrays, batch, case.layer())
+    out, _ = jax.jit(functools.partial(paged_attention, config=PLAIN, target=Target(backend=backend)))(
+        *arrays, batch, case.layer()
+    )
     expected, _ = run(case, PLAIN, backend)
     np.testing.assert_allclose(np.asarray(out), expected, rtol=0, atol=tolerance(case))
 

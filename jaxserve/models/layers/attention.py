@@ -18,7 +18,7 @@ from jaxserve.models.layers.linear import Linear, Numerics
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.rope import Rotation, rotate
 from jaxserve.models.spec import ModelSpec
-from jaxserve.pallas.dispatch import Backend
+from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.api import AttentionConfig, AttentionLayer, RaggedBatch, paged_attention
 from jaxserve.sharding.rules import shard_map
 
@@ -87,8 +87,10 @@ class Attention(nnx.Module):
         batch: RaggedBatch,
         layer: AttentionLayer,
     ) -> tuple[Array, Array]:
-        run = partial(paged_attention, config=self.config, backend=self.placement.backend)
         mesh = self.placement.mesh
+        platform = None if mesh is None else mesh.devices.flat[0].platform
+        target = Target(platform=platform, backend=self.placement.backend)
+        run = partial(paged_attention, config=self.config, target=target)
         if mesh is None or mesh.size == 1:
             return run(q, k, v, kv_pages, batch, layer)
         heads, pool = (None, "kv_heads", None), (None, None, "kv_heads", None)

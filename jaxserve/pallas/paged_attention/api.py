@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxserve.pallas.dispatch import Backend, select
+from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, interpreted, select
 from jaxserve.pallas.paged_attention.cache import FORMATS
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas.paged_attention.xla import paged_attention_xla
 from jaxserve.quant.bits import format_of
 
-__all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "paged_attention"]
+__all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "Target", "paged_attention"]
 
 BACKENDS: Mapping[Backend, Callable[..., tuple[Array, Array]]] = MappingProxyType(
     {Backend.REFERENCE: paged_attention_reference, Backend.XLA: paged_attention_xla}
@@ -37,7 +37,7 @@ def paged_attention(
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
-    backend: Backend | None = None,
+    target: Target = ANYWHERE,
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """Writes the new keys and values into the pages and attends causally over each sequence's context.
 
@@ -52,7 +52,7 @@ def paged_attention(
         batch: Sequences, pages and positions.
         layer: The layer's place in the pool, its sinks and its scales.
         config: Static facts about the model's attention.
-        backend: Which implementation to use; None takes the best one for JAX's default platform.
+        target: Where it will run, and which implementation was asked for.
 
     Returns:
         The attention's output in q's dtype, and the pool.
@@ -67,8 +67,8 @@ def paged_attention(
     _check_layer(q.shape[1], layer)
     _check_batch(q.shape[0], batch)
     _check_config(config)
-    run = select("paged_attention", BACKENDS, backend)
-    with jax.named_scope("paged_attention"):
+    run = select("paged_attention", BACKENDS, target)
+    with interpreted(target), jax.named_scope("paged_attention"):
         return run(q, k, v, kv_pages, batch, layer, config=config)
 
 

@@ -76,7 +76,7 @@ def select(op: str, backends: Mapping[Backend, Callable[P, R]], target: Target =
     Args:
         op: Name of the op, for messages.
         backends: Implementations there are, all of one signature.
-        target: Where it will run, and the backend that was asked for; without one, the platform's best one runs that does
+        target: Where it will run, and the backend asked for; without one, the platform's best one runs that does
             not raise NotImplementedError.
 
     Raises:

@@ -11,7 +11,7 @@ import pytest
 from paged_attention_cases import SHAPES, Length, build
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.pallas.dispatch import Backend, preference, select
+from jaxserve.pallas.dispatch import Backend, Target, preference, select
 from jaxserve.pallas.paged_attention.api import AttentionConfig, paged_attention
 
 CONFIG = AttentionConfig(scale=0.25, sliding_window=None, soft_cap=None)

@@ -180,5 +180,5 @@ def device_kv_bytes(abstract_pool: jax.ShapeDtypeStruct) -> int:
     """Bytes of the KV pool that one device holds."""
     sharding = abstract_pool.sharding
     shape = abstract_pool.shape if sharding is None else sharding.shard_shape(abstract_pool.shape)
-    itemsize: int = abstract_pool.dtype.itemsize
-    return math.prod(shape) * itemsize
+    num_bytes: int = math.prod(shape) * abstract_pool.dtype.itemsize
+    return num_bytes

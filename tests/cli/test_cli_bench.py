@@ -10,7 +10,7 @@ from openai_stub import Stub, serving
 
 from jaxserve.bench.serve import Load
 from jaxserve.cli import build_parser, main
-from jaxserve.cli.bench import plan_of
+from jaxserve.cli.bench.serve import plan_of
 
 SMALL = ["--num-requests", "3", "--warmup", "0", "--input-len", "4", "--output-len", "2"]
 

@@ -1,4 +1,4 @@
-"""`jaxserve bench WHAT`: measure a server from outside, or the engine's host work."""
+"""`jaxserve bench serve`: load on any OpenAI URL."""
 
 from __future__ import annotations
 
@@ -19,31 +19,8 @@ BUSY_CORES = 0.8
 """Share of its one core from which the load generator may delay what it measures."""
 
 
-def add_command(commands: Commands) -> None:
-    """Adds the command and what it can measure."""
-    parser = commands.add_parser("bench", help="measure a server or the engine", description="Measure.")
-    subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    _add_serve(subjects)
-    _add_engine(subjects)
-
-
-def objective(text: str) -> tuple[str, float]:
-    """Reads `ttft=500`: a latency and its bound in milliseconds."""
-    name, _, bound = text.partition("=")
-    if name not in OBJECTIVES:
-        raise argparse.ArgumentTypeError(f"{text} is not {', '.join(OBJECTIVES)} and a bound in ms, such as ttft=500")
-    return name, above_zero(bound)
-
-
-def spread(text: str) -> float:
-    """A share in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def _add_serve(subjects: Commands) -> None:
+def add_command(subjects: Commands) -> None:
+    """Adds the subject."""
     parser = subjects.add_parser(
         "serve",
         help="load on any OpenAI URL",
@@ -92,21 +69,23 @@ def _add_serve(subjects: Commands) -> None:
     )
     out.add_argument("--json", action="store_true", help="print JSON instead of the table")
     out.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON there")
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run)
 
 
-def _add_engine(subjects: Commands) -> None:
-    parser = subjects.add_parser(
-        "engine",
-        help="host time of a step",
-        description="Let sequences decode on a device that takes no time, and report what the host takes for a step.",
-        formatter_class=DefaultsFormatter,
-    )
-    parser.add_argument("--num-seqs", type=positives, default="64,256", metavar="N,...", help="sequences, a run each")
-    parser.add_argument("--input-len", type=positive, default=128, metavar="N", help="tokens of a prompt")
-    parser.add_argument("--output-len", type=positive, default=256, metavar="N", help="tokens to generate")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.set_defaults(run=run_engine)
+def objective(text: str) -> tuple[str, float]:
+    """Reads `ttft=500`: a latency and its bound in milliseconds."""
+    name, _, bound = text.partition("=")
+    if name not in OBJECTIVES:
+        raise argparse.ArgumentTypeError(f"{text} is not {', '.join(OBJECTIVES)} and a bound in ms, such as ttft=500")
+    return name, above_zero(bound)
+
+
+def spread(text: str) -> float:
+    """A share in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
@@ -147,7 +126,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def run_serve(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Loads a server; fails if any request did."""
     from rich.console import Console
 
@@ -177,20 +156,3 @@ def run_serve(arguments: argparse.Namespace) -> int:
                 )
                 console.print(busy, style="yellow", markup=False)
     return 1 if any(each.num_failed for each in reports) else 0
-
-
-def run_engine(arguments: argparse.Namespace) -> int:
-    """Measures the host's part of a step."""
-    from rich.console import Console
-
-    from jaxserve.bench.engine import measure_host_time, table
-
-    results = [
-        measure_host_time(number, prompt_tokens=arguments.input_len, output_tokens=arguments.output_len)
-        for number in arguments.num_seqs
-    ]
-    if arguments.json:
-        print(json.dumps({"runs": [result.as_json() for result in results]}, indent=2))
-    else:
-        Console().print(table(results))
-    return 0

@@ -11,7 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxserve.cli import bench, chat, doctor, pull, serve, version
+from jaxserve.cli import chat, doctor, pull, serve, version
+from jaxserve.cli.bench import subjects as bench
 from jaxserve.core.errors import JaxserveError
 
 INTERRUPTED = 130

@@ -1,0 +1,21 @@
+"""`jaxserve bench WHAT`: measure a server from outside, or a part of the engine.
+
+One module a subject, as with commands.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxserve.cli.bench import engine, serve
+
+if TYPE_CHECKING:
+    from jaxserve.cli.parsing import Commands
+
+
+def add_command(commands: Commands) -> None:
+    """Adds the command and what it can measure."""
+    parser = commands.add_parser("bench", help="measure a server or the engine", description="Measure.")
+    subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    for subject in (serve, engine):
+        subject.add_command(subjects)

@@ -210,19 +210,24 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
     )
 
 
+def load_weights(
+    model: Model, replica: Replica, seed: int = 0, progress: Progress | None = None
+) -> Mapping[str, Array]:
+    """The parameters of a replica, on its devices.
+
+    Raises:
+        CheckpointError: The weights cannot be loaded.
+    """
+    return load_params(
+        model.source, model.spec, replica.blueprint.params(), mesh=replica.mesh, seed=seed, progress=progress
+    )
+
+
 def _load_and_compile(
     model: Model, replica: Replica, seed: int, progress: Progress | None
 ) -> tuple[Mapping[str, Array], Executables]:
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(
-            load_params,
-            model.source,
-            model.spec,
-            replica.blueprint.params(),
-            mesh=replica.mesh,
-            seed=seed,
-            progress=progress,
-        )
+        loading = pool.submit(load_weights, model, replica, seed, progress)
         executables = compile_programs(programs(replica), num_threads=2, progress=progress)
         return loading.result(), executables
 

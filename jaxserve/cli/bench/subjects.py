@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.bench import engine, serve
+from jaxserve.cli.bench import engine, serve, step
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -17,5 +17,5 @@ def add_command(commands: Commands) -> None:
     """Adds the command and what it can measure."""
     parser = commands.add_parser("bench", help="measure a server or the engine", description="Measure.")
     subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    for subject in (serve, engine):
+    for subject in (serve, engine, step):
         subject.add_command(subjects)

@@ -172,7 +172,7 @@ def seconds_of(call: Callable[[], Array], repeats: int) -> float:
 def memory_bandwidth() -> float:
     """Bytes a second that the memory moves while an array is changed in place, read and written ones counted."""
     size = (64 if jax.default_backend() == "cpu" else 2048) << 18  # float32 values: 64 MiB on a CPU, 2 GiB elsewhere
-    values = jax.random.uniform(jax.random.key(0), (size,))
+    values: Array = jax.random.uniform(jax.random.key(0), (size,))
     negate = jax.jit(lambda x: -x, donate_argnums=0)
 
     def call() -> Array:

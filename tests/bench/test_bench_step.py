@@ -37,7 +37,7 @@ def test_the_step_is_the_one_asked_for(replica: Replica) -> None:
 def test_times_and_bytes(replica: Replica) -> None:
     times = measure_steps(replica, placed(SPEC, replica), [(1, 8), (4, 100)], repeats=2)
     assert [(each.num_seqs, each.context_len) for each in times] == [(1, 8), (4, 100)]
-    assert all(0 < each.decode_ms and 0 < each.step_ms for each in times)
+    assert all(each.decode_ms > 0 and each.step_ms > 0 for each in times)
     # 2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token; read all, and write one a sequence.
     assert times[1].memory_bytes - times[0].memory_bytes == 512 * (4 * 100 + 4 - 8 - 1) + 3 * 64 * 4
     assert times[0].floor_ms == pytest.approx(1e3 * times[0].memory_bytes / times[0].bandwidth)

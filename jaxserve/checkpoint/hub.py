@@ -6,6 +6,7 @@ HF_ENDPOINT, the stored token); here are only the choice of files, progress, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,21 @@ else:
     _Bar = tqdm_asyncio  # generic only for type checkers
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+CONFIG_FILES = ["config.json", "generation_config.json"]
+"""What says how a model is shaped; a few kilobytes."""
+
 _NOT_THESE = ["*/*", "consolidated*"]
 """Copies of the weights in other layouts."""
 
 
-def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None) -> Path:
+def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None, files: Sequence[str] = _FILES) -> Path:
     """The folder of a repository in the hub's cache, downloaded as far as it is not there yet.
 
     Args:
         repo_id: "owner/name".
         offline: Use only what is in the cache.
         progress: Told about bytes downloaded.
+        files: Patterns of the files wanted; all that serving needs by default.
 
     Raises:
         CheckpointError: The repository cannot be had; the message says why and what to do.
@@ -40,7 +45,7 @@ def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None) ->
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,
-            allow_patterns=_FILES,
+            allow_patterns=list(files),
             ignore_patterns=_NOT_THESE,
             local_files_only=offline,
             tqdm_class=_reporter(progress),

@@ -160,6 +160,30 @@ def load_spec(source: CheckpointSource) -> ModelSpec:
     )
 
 
+def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = False) -> ModelSpec:
+    """The spec of what a MODEL argument names, without its weights: of a hub repository only the config is fetched.
+
+    Args:
+        model: As for `resolve_source`.
+        presets_dir: As for `resolve_source`.
+        offline: Use only what is on this machine.
+
+    Raises:
+        CheckpointError: There is no such model, or it is of a kind jaxserve does not run.
+    """
+    presets_dir = presets_dir or default_presets_dir()
+    preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
+    if preset is not None:
+        return registry.spec_from_hf(preset.config, {}, model)
+    if _REPO_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).expanduser().exists():
+        from jaxserve.checkpoint.hub import CONFIG_FILES, fetch_snapshot
+
+        folder = fetch_snapshot(model, offline=offline, progress=None, files=CONFIG_FILES)
+        return load_spec(CheckpointSource(kind=SourceKind.HF, path=folder, name=model))
+    source = resolve_source(model, cache_dir=presets_dir, presets_dir=presets_dir, offline=offline)
+    return load_spec(source)
+
+
 def load_tokenizer(source: CheckpointSource) -> Tokenizer:
     """The model's tokenizer; a random model gets one of bytes and made-up words.
 

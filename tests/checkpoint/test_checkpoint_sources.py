@@ -19,7 +19,7 @@ from huggingface_hub import errors
 
 from jaxserve.checkpoint import hub, pypi
 from jaxserve.checkpoint.presets import PyPISource, default_presets_dir, read_preset
-from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, load_spec, load_tokenizer, resolve_source
+from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, load_spec, load_tokenizer, resolve_source, spec_of
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.registry import spec_from_hf
 
@@ -223,6 +223,26 @@ def test_hub_models_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls[-1] == ("download", 10, 10)
     assert resolve("qwen3-0.6b", tmp_path).name == "qwen3-0.6b"
     assert seen["repo_id"] == "Qwen/Qwen3-0.6B"
+
+
+def test_a_spec_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spec_of("llama-3.3-70b").num_layers == spec_of("random:llama-3.3-70b").num_layers == 80
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    spec = spec_from_hf(LLAMA, {}, "config.json")
+    assert spec_of(str(folder)) == spec
+    wanted: list[str] = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        wanted.extend(options["allow_patterns"])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert spec_of("me/model") == spec
+    assert wanted == ["config.json", "generation_config.json"]
+    with pytest.raises(CheckpointError, match="is no model: give a preset"):
+        spec_of("nothing")
 
 
 def test_hub_progress_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from invariance import Results
+from invariance import assert_same as assert_same_results
+from invariance import run as run_requests
 from tiny_engine import EOS, SMALL, SPEC, Compiled, compiled, generate_all, on_mesh, serving, start, tokens_by_index
 
-from jaxserve.core.types import Request, SamplingParams, TokenEvent
+from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineStats
 from jaxserve.sharding.rules import kv_repeat
 
@@ -50,34 +52,12 @@ def requests() -> list[Request]:
     return made
 
 
-Results = list[list[TokenEvent]]
+def run(model: Compiled, **how: Any) -> tuple[Results, EngineStats]:
+    return run_requests(model, requests(), **how)
 
 
-def run(model: Compiled, *, concurrently: bool = True, rounds: int = 1, **limits: Any) -> tuple[Results, EngineStats]:
-    """Events of the requests (in the last of several rounds on one engine), and what the engine counted."""
-
-    async def generate() -> tuple[Results, EngineStats]:
-        async with serving(start(model, **limits)) as engine:
-            for _ in range(rounds):
-                results = await generate_all(engine, requests(), concurrently=concurrently)
-            return results, engine.stats()
-
-    return asyncio.run(generate())
-
-
-def assert_same(results: Sequence[Sequence[TokenEvent]], expected: Sequence[Sequence[TokenEvent]]) -> None:
-    for request, given, wanted in zip(requests(), results, expected, strict=True):
-        assert tokens_by_index(given) == tokens_by_index(wanted), request
-        for index in range(request.n):
-            mine, theirs = ([e for e in events if e.index == index] for events in (given, wanted))
-            assert [e.finish_reason for e in mine] == [e.finish_reason for e in theirs]
-            assert values_of(mine) == pytest.approx(values_of(theirs), abs=2e-4)
-
-
-def values_of(events: Sequence[TokenEvent]) -> list[float]:
-    """All log-probabilities that the events report."""
-    entries = [entry for event in events for entry in (*(event.prompt_logprobs or ()), *(event.logprobs or ()))]
-    return [value for entry in entries if entry for value in (entry.logprob, *(value for _, value in entry.top))]
+def assert_same(results: Results, expected: Results) -> None:
+    assert_same_results(requests(), results, expected)
 
 
 @pytest.fixture(scope="module")

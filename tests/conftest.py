@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 for name in [name for name in os.environ if name.startswith("JAXSERVE_") and name != "JAXSERVE_CACHE"]:
     del os.environ[name]
@@ -19,6 +19,7 @@ from jaxtyping import install_import_hook
 ARRAY_MODULES = [
     *("jaxserve.models.decoder", "jaxserve.models.layers", "jaxserve.quant", "jaxserve.kv.pool"),
     *(f"jaxserve.pallas.paged_attention.{name}" for name in ("reference", "xla", "cache")),
+    *(f"jaxserve.pallas.page_copy.{name}" for name in ("reference", "xla")),
     *(f"jaxserve.sampling.{name}" for name in ("filters", "logits", "logprobs", "sampler", "state")),
     *("jaxserve.engine.batch", "jaxserve.engine.programs"),
 ]

@@ -244,7 +244,8 @@ def programs(replica: Replica) -> list[Program]:
     row = array(int(np.size(admission(SamplingParams(), (), 0, 0, replica.limits))))
     result.append(Program(key=("admit", 0), function=_jit(admit, donate=(0,), out=whole), args=(state, array(), row)))
     copies = array(COPY_BATCH)
-    function = _jit(partial(copy_pages, num_layers=replica.layout.num_layers), donate=(0,), out=pool.sharding)
+    copy = partial(copy_pages, num_layers=replica.layout.num_layers, mesh=replica.mesh)
+    function = _jit(copy, donate=(0,), out=pool.sharding)
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     return result
 

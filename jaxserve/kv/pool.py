@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32, Shaped
 
-from jaxserve.sharding.rules import sharding_for
+from jaxserve.pallas.page_copy import api as page_copy
+from jaxserve.sharding.rules import shard_map, sharding_for
+
+POOL_AXES = (None, None, "kv_heads", None)
+"""Logical axes of the pool; keys and values of a head stay together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +58,7 @@ class PoolLayout:
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """Each device holds its KV heads of every page."""
-        axes = (None, None, "kv_heads", None)
-        return sharding_for(axes, (*self.shape[:2], self.num_kv_heads, self.head_dim), mesh)
+        return sharding_for(POOL_AXES, (*self.shape[:2], self.num_kv_heads, self.head_dim), mesh)
 
     def abstract(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
         """The pool before it exists."""
@@ -70,18 +74,24 @@ def copy_pages(
     source: Int32[Array, " C"],
     target: Int32[Array, " C"],
     num_layers: int,
+    mesh: Mesh | None = None,
 ) -> Shaped[Array, "P page_size K2 H"]:
-    """Copies pages within the pool, in every layer; jit it with the pool donated.
+    """Copies pages within the pool, in every layer, one pair after another; jit it with the pool donated.
 
     Args:
         kv_pages: The pool.
         source: [C]; page ids to read.
         target: [C]; page ids to write; negative ids are padding.
         num_layers: L.
+        mesh: What the pool is split over, or None for one device.
     """
-    total = kv_pages.shape[0]
-    num_pages = total // num_layers
-    base = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * num_pages
-    read = (base + source[None, :]).reshape(-1)
-    written = jnp.where(target[None, :] < 0, total, base + target[None, :]).reshape(-1)
-    return kv_pages.at[written].set(kv_pages.at[read].get(mode="clip"), mode="drop")
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    run = partial(page_copy.copy_pages, num_layers=num_layers, target=page_copy.Target(platform=platform))
+    if mesh is None or mesh.size == 1:
+        return run(kv_pages, source, target)
+    sizes = {"kv_heads": kv_pages.shape[2] // 2}
+    split = shard_map(
+        lambda *args: (run(*args),), mesh, in_axes=(POOL_AXES, None, None), out_axes=(POOL_AXES,), sizes=sizes
+    )
+    copied: Array = split(kv_pages, source, target)[0]
+    return copied

@@ -1,0 +1,611 @@
+"""Prefill on a TPU: the prompt chunks of a step, one Mosaic kernel, new keys and values written into the pool by it.
+
+Queries and new keys and values stay in HBM and are copied row by row of the ragged batch; nothing is ever read or
+written but what the chunks own. The kernel walks items, one query tile of one chunk each:
+
+    new K, V (HBM)  --DMA-->  pages (HBM)            a chunk ahead of its first item
+    queries (HBM)   --DMA-->  VMEM, rows by KV head  an item ahead
+    pages (HBM)     --DMA-->  VMEM, K and V by head  a KV tile ahead
+    running softmax (VMEM, float32)  -->  output rows (HBM)
+
+A row is a token and a query head; rows of a block are ordered (head of the group, token), blocks by token. Softmax is
+computed online (arXiv:1805.02867) in base 2: the scale and log2(e) are multiplied into the queries. KV tiles beyond
+the diagonal, and outside a sliding window, are neither fetched nor computed; only blocks that a border crosses are
+masked. Row sums are kept as 128 partial sums and added up at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32, Shaped
+
+from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, Geometry, PrefillTiles
+
+LOG2_E = math.log2(math.e)
+START = -1e30
+"""Maximum of no logits; finite, so that a masked logit, -inf, weighs 0 beside it."""
+
+Ref: TypeAlias = Any
+Scalar: TypeAlias = Int32[Array, ""]
+
+
+class Refs(NamedTuple):
+    """Everything the kernel touches."""
+
+    # SMEM: [page_offset, num_decodes, num_seqs]; page table, flat; context_lens; query_starts; [query and value factor]
+    counts: Ref
+    table: Ref
+    contexts: Ref
+    starts: Ref
+    factors: Ref
+    # HBM: [T, N, H], [T, 2K, H]; results aliased to arguments
+    queries: Ref
+    new: Ref
+    out: Ref
+    pages: Ref
+    # VMEM: [N, 128], base-2 logits, or None
+    sinks: Ref | None
+    # VMEM: what DMAs fill and empty
+    raw_queries: Ref
+    raw_kv: Ref
+    raw_out: Ref
+    # VMEM: rows of all heads, float32; KV rows of all heads, float32, or None
+    stage: Ref
+    kv_stage: Ref | None
+    # VMEM, by KV head: [K, rows, H], [K, tile, H] twice, float32 [K, rows, 128] twice and [K, rows, H]
+    q: Ref
+    k: Ref
+    v: Ref
+    peak: Ref
+    total: Ref
+    acc: Ref
+    queries_done: Ref
+    kv_done: Ref
+    out_done: Ref
+    writes_done: Ref
+
+
+class Item(NamedTuple):
+    """A query tile of a chunk."""
+
+    seq: Scalar
+    tile: Scalar
+    # rows of the batch, and position of the first token
+    row: Scalar
+    tokens: Scalar
+    position: Scalar
+    context: Scalar
+    # KV tiles that its queries see
+    first: Scalar
+    end: Scalar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is static."""
+
+    geometry: Geometry
+    config: AttentionConfig
+    pages_per_seq: int
+
+    @property
+    def words(self) -> bool:
+        """Whether K and V of a head are halves of 32-bit words that fill whole registers."""
+        g = self.geometry
+        return g.dtype == jnp.bfloat16 and g.num_kv_heads % 8 == 0 and g.head_dim % LANES == 0
+
+
+def prefill(
+    q: Float[Array, "T N H"],
+    new_kv: Shaped[Array, "T K2 H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
+    out: Float[Array, "T N H"],
+    batch: RaggedBatch,
+    layer: AttentionLayer,
+    *,
+    config: AttentionConfig,
+    tiles: PrefillTiles,
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
+    """Writes the chunks' new keys and values into their pages and attends; decodes and padding are left alone.
+
+    Args:
+        q: Queries.
+        new_kv: New keys and values as elements of the pool, interleaved like a page's.
+        kv_pages: The pool; changed in place if it is donated.
+        out: Changed in place: the chunks' rows.
+        batch: Sequences, pages and positions.
+        layer: The layer's place in the pool, its sinks and its scales.
+        config: Static facts about the model's attention.
+        tiles: Tile sizes.
+
+    Returns:
+        `out` with the chunks' rows, and the pool.
+    """
+    geometry = Geometry(
+        tiles=tiles,
+        page_size=kv_pages.shape[1],
+        num_heads=q.shape[1],
+        num_kv_heads=kv_pages.shape[2] // 2,
+        head_dim=q.shape[2],
+        query_dtype=q.dtype,
+        kv_dtype=kv_pages.dtype,
+    )
+    plan = Plan(geometry=geometry, config=config, pages_per_seq=batch.page_table.shape[1])
+    scalars = (
+        jnp.stack([layer.page_offset, batch.num_decodes, batch.num_seqs]),
+        batch.page_table.reshape(-1),
+        batch.context_lens,
+        batch.query_starts,
+        _factors(layer, config),
+    )
+    anywhere, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
+    sinks = () if layer.sinks is None else (_sink_rows(layer.sinks),)
+    first = len(scalars)
+    return pl.pallas_call(
+        functools.partial(_kernel, plan, bool(sinks)),
+        out_shape=(jax.ShapeDtypeStruct(out.shape, out.dtype), jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * first + [anywhere] * 4 + [vmem] * len(sinks),
+        out_specs=(anywhere, anywhere),
+        scratch_shapes=_scratch(plan),
+        input_output_aliases={first + 2: 0, first + 3: 1},
+        compiler_params=pltpu.CompilerParams(
+            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=100 * 2**20
+        ),
+        name="paged_attention_prefill",
+    )(*scalars, q, new_kv, out, kv_pages, *sinks)
+
+
+def _factors(layer: AttentionLayer, config: AttentionConfig) -> Float[Array, " 2"]:
+    """What queries and outputs are multiplied with."""
+    query = jnp.float32(config.scale * LOG2_E if config.soft_cap is None else config.scale / config.soft_cap)
+    value = jnp.float32(1)
+    if layer.k_scale is not None:
+        query = query * layer.k_scale
+    if layer.v_scale is not None:
+        value = value * layer.v_scale
+    return jnp.stack([query, value])
+
+
+def _sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
+    base2 = sinks.astype(jnp.float32) * jnp.float32(LOG2_E)
+    return jnp.broadcast_to(base2[:, None], (sinks.shape[0], LANES))
+
+
+def _scratch(plan: Plan) -> list[Any]:
+    g = plan.geometry
+    heads, rows, tile, lanes = g.num_kv_heads, g.tile_rows, g.tile_tokens, g.lanes
+    chunks = lanes // LANES
+    kv_stage = [] if plan.words else [pltpu.VMEM((chunks, tile * g.kv_stride, LANES), jnp.float32)]
+    kv = (chunks, heads * tile // 2, LANES) if plan.words else (heads, tile, lanes)
+    kv_dtype = jnp.dtype(jnp.uint32) if plan.words else g.dtype
+    tokens = (g.tiles.query_tokens, g.num_heads, g.head_dim)
+    return [
+        pltpu.VMEM(tokens, g.query_dtype),
+        pltpu.VMEM((2, tile, 2 * heads, g.head_dim), g.kv_dtype),
+        pltpu.VMEM(tokens, g.query_dtype),
+        pltpu.VMEM((chunks, g.tiles.query_tokens * g.head_stride, LANES), jnp.float32),
+        *kv_stage,
+        pltpu.VMEM((heads, rows, lanes), g.dtype),
+        pltpu.VMEM(kv, kv_dtype),
+        pltpu.VMEM(kv, kv_dtype),
+        pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        pltpu.VMEM((heads, rows, lanes), jnp.float32),
+        pltpu.SemaphoreType.DMA,
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA,
+        pltpu.SemaphoreType.DMA,
+    ]
+
+
+def _refs(plan: Plan, has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
+    """Names the kernel's arguments."""
+    scalars, (queries, new, _, _), rest = refs[:5], refs[5:9], list(refs[9:])
+    sinks = rest.pop(0) if has_sinks else None
+    out, pages, raw_queries, raw_kv, raw_out, stage = (rest.pop(0) for _ in range(6))
+    kv_stage = None if plan.words else rest.pop(0)
+    return Refs(*scalars, queries, new, out, pages, sinks, raw_queries, raw_kv, raw_out, stage, kv_stage, *rest)
+
+
+def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
+    refs = _refs(plan, has_sinks, arguments)
+    g = plan.geometry
+    num_seqs = refs.counts[2]
+    seq = _nonempty(refs, refs.counts[1])
+
+    @pl.when(seq < num_seqs)
+    def _() -> None:
+        _write_pages(plan, refs, seq, wait=False)
+        item = _item(plan, refs, seq, jnp.int32(0))
+        _start_item(plan, refs, item, jnp.int32(0))
+
+    def step(carry: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+        seq, tile, fetched, row, tokens = carry
+        item = _item(plan, refs, seq, tile)
+        following = _following(plan, refs, item)
+        _load_queries(plan, refs, item)
+
+        def visit(j: Scalar, slot: Scalar) -> Scalar:
+            _prefetch(plan, refs, item, following, j + 1, 1 - slot)
+            _wait_kv(plan, refs, item, j, slot)
+            _unpack(plan, refs, item, j, slot)
+            _attend_tile(plan, refs, item, j)
+            return 1 - slot
+
+        slot = jax.lax.fori_loop(item.first, item.end, visit, fetched)
+        _divide(plan, refs, item)
+        _wait_out(refs, row, tokens)
+        _store(plan, refs, item)
+        return (*following, slot, item.row, item.tokens)
+
+    zero = jnp.int32(0)
+    carry = jax.lax.while_loop(lambda carry: carry[0] < num_seqs, step, (seq, zero, zero, zero, zero))
+    _wait_out(refs, carry[3], carry[4])
+
+
+def _nonempty(refs: Refs, seq: Scalar) -> Scalar:
+    """The first sequence from `seq` on that has new tokens; num_seqs if there is none."""
+    num_seqs = refs.counts[2]
+
+    def is_empty(s: Scalar) -> Array:
+        # Sequences past the last have no rows either; starts[S] is read at most.
+        at = jnp.minimum(s, num_seqs - 1)
+        return (s < num_seqs) & (refs.starts[at + 1] == refs.starts[at])
+
+    found: Scalar = jax.lax.while_loop(is_empty, lambda s: s + 1, seq)
+    return found
+
+
+def _item(plan: Plan, refs: Refs, seq: Scalar, tile: Scalar) -> Item:
+    g = plan.geometry
+    start, context = refs.starts[seq], refs.contexts[seq]
+    num_new = refs.starts[seq + 1] - start
+    skipped = tile * g.tiles.query_tokens
+    tokens = jnp.minimum(num_new - skipped, g.tiles.query_tokens)
+    position = context - num_new + skipped
+    first = jnp.int32(0)
+    if plan.config.sliding_window is not None:
+        first = jnp.maximum(position - (plan.config.sliding_window - 1), 0) // g.tile_tokens
+    end = pl.cdiv(position + tokens, g.tile_tokens)
+    return Item(seq, tile, start + skipped, tokens, position, context, first, end)
+
+
+def _following(plan: Plan, refs: Refs, item: Item) -> tuple[Scalar, Scalar]:
+    """Sequence and tile of the next item; num_seqs if there is none."""
+    num_new = refs.starts[item.seq + 1] - refs.starts[item.seq]
+    more = (item.tile + 1) * plan.geometry.tiles.query_tokens < num_new
+    seq = jnp.where(more, item.seq, _nonempty(refs, item.seq + 1))
+    return seq, jnp.where(more, item.tile + 1, 0)
+
+
+def _write_pages(plan: Plan, refs: Refs, seq: Scalar, *, wait: bool) -> None:
+    """Starts, or waits for, the copies of a chunk's new keys and values to their places."""
+    size = plan.geometry.page_size
+    start, end = refs.starts[seq], refs.contexts[seq]
+    begin = end - (refs.starts[seq + 1] - start)
+
+    def copy(index: Scalar, _: None) -> None:
+        low, high = jnp.maximum(index * size, begin), jnp.minimum((index + 1) * size, end)
+        page = refs.table[seq * plan.pages_per_seq + index] + refs.counts[0]
+        source = refs.new.at[pl.ds(start + low - begin, high - low)]
+        target = refs.pages.at[page, pl.ds(low - index * size, high - low)]
+        dma = pltpu.make_async_copy(source, target, refs.writes_done)
+        dma.wait() if wait else dma.start()
+
+    jax.lax.fori_loop(begin // size, pl.cdiv(end, size), copy, None)
+
+
+def _copy_queries(refs: Refs, item: Item) -> Any:
+    rows = pl.ds(0, item.tokens)
+    source = refs.queries.at[pl.ds(item.row, item.tokens)]
+    return pltpu.make_async_copy(source, refs.raw_queries.at[rows], refs.queries_done)
+
+
+def _copy_out(refs: Refs, row: Scalar, tokens: Scalar) -> Any:
+    return pltpu.make_async_copy(refs.raw_out.at[pl.ds(0, tokens)], refs.out.at[pl.ds(row, tokens)], refs.out_done)
+
+
+def _wait_out(refs: Refs, row: Scalar, tokens: Scalar) -> None:
+    """Waits until the rows of the item before have left."""
+
+    @pl.when(tokens > 0)
+    def _() -> None:
+        _copy_out(refs, row, tokens).wait()
+
+
+def _copy_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar, *, wait: bool) -> None:
+    """Starts, or waits for, the copies of the pages of KV tile j that the item's queries may see."""
+    g = plan.geometry
+    num_pages = pl.cdiv(item.position + item.tokens, g.page_size)
+    first, end = j * g.tiles.pages, jnp.minimum((j + 1) * g.tiles.pages, num_pages)
+
+    def copy(index: Scalar, _: None) -> None:
+        page = refs.table[item.seq * plan.pages_per_seq + index] + refs.counts[0]
+        target = refs.raw_kv.at[slot, pl.ds((index - first) * g.page_size, g.page_size)]
+        dma = pltpu.make_async_copy(refs.pages.at[page], target, refs.kv_done.at[slot])
+        dma.wait() if wait else dma.start()
+
+    jax.lax.fori_loop(first, end, copy, None)
+
+
+def _wait_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None:
+    _copy_kv(plan, refs, item, j, slot, wait=True)
+
+
+def _start_item(plan: Plan, refs: Refs, item: Item, slot: Scalar) -> None:
+    """Starts the copies of an item's first KV tile, after its chunk's pages have been written."""
+
+    @pl.when(item.tile == 0)
+    def _() -> None:
+        _copy_queries(refs, item).start()
+        _write_pages(plan, refs, item.seq, wait=True)
+        ahead = _nonempty(refs, item.seq + 1)
+
+        @pl.when(ahead < refs.counts[2])
+        def _() -> None:
+            _write_pages(plan, refs, ahead, wait=False)
+
+    @pl.when(item.tile > 0)
+    def _() -> None:
+        _copy_queries(refs, item).start()
+
+    _copy_kv(plan, refs, item, item.first, slot, wait=False)
+
+
+def _prefetch(plan: Plan, refs: Refs, item: Item, following: tuple[Scalar, Scalar], j: Scalar, slot: Scalar) -> None:
+    """Starts the copies of the KV tile after this one, of the next item if this item has no more."""
+
+    @pl.when(j < item.end)
+    def _() -> None:
+        _copy_kv(plan, refs, item, j, slot, wait=False)
+
+    @pl.when((j >= item.end) & (following[0] < refs.counts[2]))
+    def _() -> None:
+        _start_item(plan, refs, _item(plan, refs, *following), slot)
+
+
+def _load_queries(plan: Plan, refs: Refs, item: Item) -> None:
+    """Waits for the item's queries, scales them, puts them in order by KV head, and resets the running softmax."""
+    g = plan.geometry
+    block, stride = g.tiles.block_tokens, g.head_stride
+    _copy_queries(refs, item).wait()
+    num_blocks = pl.cdiv(item.tokens, block)
+
+    def spread(i: Scalar, _: None) -> None:
+        for u in range(8):
+            t = i * 8 + u
+            row = refs.raw_queries[t].astype(jnp.float32) * refs.factors[0]
+            for c in range(g.lanes // LANES):
+                part = row[:, c * LANES : (c + 1) * LANES]
+                refs.stage[c, pl.ds(pl.multiple_of(t * stride, 8), g.num_heads), : part.shape[1]] = part
+
+    jax.lax.fori_loop(0, num_blocks * (block // 8), spread, None)
+
+    def gather(i: Scalar, _: None) -> None:
+        r, n = i // g.num_heads, jax.lax.rem(i, g.num_heads)
+        h, rows = n // g.group, pl.ds(_aligned(r * g.block_rows + jax.lax.rem(n, g.group) * block, 16), block)
+        for c in range(g.lanes // LANES):
+            part = refs.stage[c, pl.ds(r * (block * stride) + n, block, stride=stride), :]
+            refs.q[h, rows, c * LANES : (c + 1) * LANES] = _within(g, c, part).astype(g.dtype)
+        if refs.sinks is None:
+            refs.peak[h, rows, :] = jnp.full((block, LANES), START, jnp.float32)
+            refs.total[h, rows, :] = jnp.zeros((block, LANES), jnp.float32)
+        else:
+            refs.peak[h, rows, :] = jnp.broadcast_to(refs.sinks[pl.ds(n, 1), :], (block, LANES))
+            refs.total[h, rows, :] = jnp.full((block, LANES), 1 / LANES, jnp.float32)
+        refs.acc[h, rows, :] = jnp.zeros((block, g.lanes), jnp.float32)
+
+    jax.lax.fori_loop(0, num_blocks * g.num_heads, gather, None)
+
+
+def _within(g: Geometry, c: int, x: Array) -> Array:
+    """Zeros in lanes past the head dim, which take part in the matmuls; x is chunk c of 128 lanes."""
+    if g.head_dim >= (c + 1) * LANES:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(lane < g.head_dim - c * LANES, x, jnp.float32(0))
+
+
+def _aligned(x: Scalar, multiple: int) -> Scalar:
+    hinted: Scalar = pl.multiple_of(x, multiple)
+    return hinted
+
+
+def _unpack(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None:
+    """Puts a KV tile's keys and values in order by head; values that no query of the item sees become zeros."""
+    g = plan.geometry
+    low = jnp.int32(0)
+    if plan.config.sliding_window is not None:
+        low = item.position - (plan.config.sliding_window - 1)
+    low, high = low - j * g.tile_tokens, item.position + item.tokens - j * g.tile_tokens
+    if plan.words:
+        _unpack_words(plan, refs, slot, low, high)
+        return
+    assert refs.kv_stage is not None
+    stage = refs.kv_stage
+
+    def spread(i: Scalar, _: None) -> None:
+        for u in range(8):
+            t = i * 8 + u
+            row = refs.raw_kv[slot, t].astype(jnp.float32)
+            for c in range(g.lanes // LANES):
+                part = row[:, c * LANES : (c + 1) * LANES]
+                stage[c, pl.ds(pl.multiple_of(t * g.kv_stride, 8), 2 * g.num_kv_heads), : part.shape[1]] = part
+
+    jax.lax.fori_loop(0, g.tile_tokens // 8, spread, None)
+    place = jax.lax.broadcasted_iota(jnp.int32, (g.tile_tokens, LANES), 0)
+    seen = (place >= low) & (place < high)
+
+    def gather(h: Scalar, _: None) -> None:
+        for c in range(g.lanes // LANES):
+            at = slice(c * LANES, (c + 1) * LANES)
+            keys = stage[c, pl.ds(2 * h, g.tile_tokens, stride=g.kv_stride), :]
+            values = stage[c, pl.ds(2 * h + 1, g.tile_tokens, stride=g.kv_stride), :]
+            refs.k[h, :, at] = _within(g, c, keys).astype(g.dtype)
+            refs.v[h, :, at] = _within(g, c, jnp.where(seen, values, jnp.float32(0))).astype(g.dtype)
+
+    jax.lax.fori_loop(0, g.num_kv_heads, gather, None)
+
+
+def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scalar) -> None:
+    """The same where a word holds a token's key and value of one head: two tokens' words become one of each."""
+    g = plan.geometry
+    lower, upper = jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000)
+
+    def pair(i: Scalar, _: None) -> None:
+        for u in range(8):
+            t = i * 16 + 2 * u
+            a = pltpu.bitcast(refs.raw_kv[slot, t].astype(jnp.bfloat16), jnp.uint32)
+            b = pltpu.bitcast(refs.raw_kv[slot, t + 1].astype(jnp.bfloat16), jnp.uint32)
+            keep_a = jnp.where((t >= low) & (t < high), lower, jnp.uint32(0))
+            keep_b = jnp.where((t + 1 >= low) & (t + 1 < high), upper, jnp.uint32(0))
+            keys, values = (a & lower) | (b << 16), ((a >> 16) & keep_a) | (b & keep_b)
+            rows = pl.ds(i * 8 + u, g.num_kv_heads, stride=g.tile_tokens // 2)
+            for c in range(g.lanes // LANES):
+                refs.k[c, rows, :] = keys[:, c * LANES : (c + 1) * LANES]
+                refs.v[c, rows, :] = values[:, c * LANES : (c + 1) * LANES]
+
+    jax.lax.fori_loop(0, g.tile_tokens // 16, pair, None)
+
+
+def _keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
+    """Keys or values of one head, [tile, H]."""
+    g = plan.geometry
+    if not plan.words:
+        whole: Array = ref[h]
+        return whole
+    half = g.tile_tokens // 2
+    rows = pl.ds(_aligned(h * half, 8), half)
+    return jnp.concatenate([pltpu.bitcast(ref[c, rows, :], jnp.bfloat16) for c in range(g.lanes // LANES)], axis=1)
+
+
+def _attend_tile(plan: Plan, refs: Refs, item: Item, j: Scalar) -> None:
+    """Attends to KV tile j: blocks of rows that see all of it, then those that a border crosses.
+
+    Causally, blocks [0, seen) see nothing, [seen, whole) a part; with a window [whole, fading) see everything, [fading,
+    end) a part and the rest nothing.
+    """
+    g = plan.geometry
+    block = g.tiles.block_tokens
+    num_blocks = pl.cdiv(item.tokens, block)
+    ahead = j * g.tile_tokens - item.position
+    seen = jnp.minimum(jnp.maximum(ahead, 0) // block, num_blocks)
+    whole = jnp.minimum(pl.cdiv(jnp.maximum(ahead + g.tile_tokens - 1, 0), block), num_blocks)
+    fading = end = num_blocks
+    if plan.config.sliding_window is not None:
+        until = ahead + plan.config.sliding_window
+        fading = jnp.clip(pl.cdiv(jnp.maximum(until - block + 1, 0), block), whole, num_blocks)
+        end = jnp.clip(pl.cdiv(jnp.maximum(until + g.tile_tokens - 1, 0), block), fading, num_blocks)
+    num_groups = g.num_kv_heads // g.tiles.heads
+
+    def full(i: Scalar, _: None) -> None:
+        _attend(plan, refs, whole + i // num_groups, jax.lax.rem(i, num_groups), None)
+
+    def partial(i: Scalar, _: None) -> None:
+        at = i // num_groups
+        r = jnp.where(at < whole - seen, seen + at, fading + at - (whole - seen))
+        _attend(plan, refs, r, jax.lax.rem(i, num_groups), ahead - r * block)
+
+    jax.lax.fori_loop(0, (fading - whole) * num_groups, full, None)
+    jax.lax.fori_loop(0, (whole - seen + end - fading) * num_groups, partial, None)
+
+
+def _attend(plan: Plan, refs: Refs, r: Scalar, head_group: Scalar, ahead: Scalar | None) -> None:
+    """One block of rows, a group of KV heads and one KV tile.
+
+    Args:
+        plan: What is static.
+        refs: Everything.
+        r: The block.
+        head_group: The heads.
+        ahead: How far the tile's first token is past the block's first; None if every row sees the whole tile.
+    """
+    g = plan.geometry
+    rows = pl.ds(_aligned(r * g.block_rows, 16), g.block_rows)
+    heads = [head_group * g.tiles.heads + u for u in range(g.tiles.heads)]
+    precision = jax.lax.Precision.HIGHEST if g.dtype == jnp.float32 else None
+    visible = None if ahead is None else _visible(plan, ahead)
+
+    def logits(h: Scalar) -> Array:
+        x = jax.lax.dot_general(
+            refs.q[h, rows, :],
+            _keys_or_values(plan, refs.k, h),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=precision,
+        )
+        if plan.config.soft_cap is not None:
+            x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
+        return x if visible is None else jnp.where(visible, x, -jnp.inf)
+
+    for h in heads:
+        x = logits(h)
+        before = refs.peak[h, rows, :]
+        peak = jnp.maximum(before, jnp.broadcast_to(jnp.max(x, axis=1, keepdims=True), before.shape))
+        weights = [jnp.exp2(x[:, c : c + LANES] - peak) for c in range(0, g.tile_tokens, LANES)]
+        decay = jnp.exp2(before - peak)
+        refs.peak[h, rows, :] = peak
+        refs.total[h, rows, :] = refs.total[h, rows, :] * decay + functools.reduce(jnp.add, weights)
+        added = jax.lax.dot_general(
+            jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1),
+            _keys_or_values(plan, refs.v, h),
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=precision,
+        )
+        refs.acc[h, rows, :] = refs.acc[h, rows, :] * _widen(decay, g.lanes) + added
+
+
+def _widen(x: Array, lanes: int) -> Array:
+    return jnp.concatenate([x] * (lanes // LANES), axis=1)
+
+
+def _visible(plan: Plan, ahead: Scalar) -> Array:
+    """Which tokens of a KV tile the rows of a block see."""
+    g = plan.geometry
+    shape = (g.tiles.block_tokens, g.tile_tokens)
+    distance = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1) - ahead
+    visible = distance >= 0
+    if plan.config.sliding_window is not None:
+        visible &= distance < plan.config.sliding_window
+    return jnp.concatenate([visible] * g.group, axis=0)
+
+
+def _divide(plan: Plan, refs: Refs, item: Item) -> None:
+    """Divides by the sums and puts the item's rows in order by token."""
+    g = plan.geometry
+    block, stride = g.tiles.block_tokens, g.head_stride
+
+    def scatter(i: Scalar, _: None) -> None:
+        r, n = i // g.num_heads, jax.lax.rem(i, g.num_heads)
+        h, rows = n // g.group, pl.ds(_aligned(r * g.block_rows + jax.lax.rem(n, g.group) * block, 16), block)
+        factor = refs.factors[1] / jnp.sum(refs.total[h, rows, :], axis=1, keepdims=True)
+        for c in range(g.lanes // LANES):
+            part = refs.acc[h, rows, c * LANES : (c + 1) * LANES] * factor
+            refs.stage[c, pl.ds(r * (block * stride) + n, block, stride=stride), :] = part
+
+    jax.lax.fori_loop(0, pl.cdiv(item.tokens, block) * g.num_heads, scatter, None)
+
+
+def _store(plan: Plan, refs: Refs, item: Item) -> None:
+    """Sends the item's rows on their way."""
+    g = plan.geometry
+
+    def collect(i: Scalar, _: None) -> None:
+        for u in range(8):
+            t = i * 8 + u
+            at = pl.ds(pl.multiple_of(t * g.head_stride, 8), g.num_heads)
+            parts = [refs.stage[c, at, : min(LANES, g.head_dim - c * LANES)] for c in range(g.lanes // LANES)]
+            refs.raw_out[t] = jnp.concatenate(parts, axis=1).astype(g.query_dtype)
+
+    jax.lax.fori_loop(0, pl.cdiv(item.tokens, 8), collect, None)
+    _copy_out(refs, item.row, item.tokens).start()

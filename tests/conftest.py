@@ -36,6 +36,6 @@ settings.load_profile("jaxserve")
 @pytest.fixture(scope="session")
 def cache_dir() -> object:
     """Where downloaded models are kept between runs."""
-    from jaxserve.core.config import cache_dir
+    from jaxserve.core.environment import cache_dir
 
     return cache_dir()

@@ -38,7 +38,7 @@ def add_command(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs all checks; 1 if there is a problem."""
     from jaxserve.cli import checks
-    from jaxserve.core.config import cache_dir, cluster_environment
+    from jaxserve.core.environment import cache_dir, cluster_environment
 
     findings = [
         *checks.check_versions(),

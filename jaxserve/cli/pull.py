@@ -28,7 +28,7 @@ def add_command(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Fetches the model."""
     from jaxserve.checkpoint.sources import resolve_source
-    from jaxserve.core.config import cache_dir
+    from jaxserve.core.environment import cache_dir
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.telemetry import logging
 

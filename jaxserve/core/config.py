@@ -1,13 +1,12 @@
 """Configuration: each setting declared once, read from flags, environment, YAML or its default, in that order.
 
 `ServeConfig` is what the user asked for and may say "auto"; `resolve` answers every "auto" from facts about the
-platform and the model and returns a `ResolvedConfig`. Both are frozen. No other module reads the environment.
+platform and the model and returns a `ResolvedConfig`. Both are frozen. The environment is read by `core/environment`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from jaxserve.core.environment import ENV_PREFIX, variables
 from jaxserve.core.errors import ConfigError
 
 T = TypeVar("T")
-ENV_PREFIX = "JAXSERVE_"
 MIB = 1 << 20
 
 
@@ -316,7 +315,7 @@ def load(
     Raises:
         ConfigError: Unknown names or wrong values; one error lists all.
     """
-    environ = os.environ if environ is None else environ
+    environ = variables() if environ is None else environ
     known = {setting.name: setting for setting in fields(ServeConfig)}
     problems: list[str] = []
     texts: dict[str, tuple[str, str]] = {}
@@ -348,28 +347,6 @@ def load(
 
 
 _OTHER_VARIABLES = (f"{ENV_PREFIX}CACHE",)
-
-
-def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Where models and compiled programs are kept unless the user says otherwise."""
-    environ = os.environ if environ is None else environ
-    if own := environ.get(f"{ENV_PREFIX}CACHE"):
-        return Path(own)
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
-
-
-CLUSTER_VARIABLES = (
-    *("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
-    *("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"),
-)
-"""What GKE and a LeaderWorkerSet tell a pod about the slice it is part of."""
-
-
-def cluster_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Those of `CLUSTER_VARIABLES` that are set."""
-    environ = os.environ if environ is None else environ
-    return {name: environ[name] for name in CLUSTER_VARIABLES if environ.get(name)}
 
 
 def _flag(name: str) -> str:

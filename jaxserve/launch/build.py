@@ -21,7 +21,8 @@ from jaxtyping import Array
 
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
-from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype, cache_dir
+from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype
+from jaxserve.core.environment import cache_dir
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from jaxserve.core.config import (
-    Facts,
-    MeshShape,
-    ServeConfig,
-    add_arguments,
-    cache_dir,
-    cluster_environment,
-    load,
-)
+from jaxserve.core.config import Facts, MeshShape, ServeConfig, add_arguments, load
+from jaxserve.core.environment import cache_dir, cluster_environment
 from jaxserve.core.errors import ConfigError
 
 MIB = 1 << 20

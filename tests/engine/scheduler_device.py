@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from jaxserve.engine.steps import ScheduledStep, StepResult
+import numpy as np
+
+from jaxserve.core.types import TokenLogprobs
+from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
 
 VOCAB_SIZE = 50
 EOS = 7
@@ -15,6 +18,21 @@ def next_token(history: Sequence[int], seed: int) -> int:
     """A token that depends on everything before it."""
     digest = hashlib.blake2b(repr((tuple(history), seed)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % VOCAB_SIZE
+
+
+def score(history: Sequence[int]) -> float:
+    """How likely the last of some tokens is after the others; tells histories apart."""
+    digest = hashlib.blake2b(repr(list(history)).encode(), digest_size=2).digest()
+    return -float(int.from_bytes(digest, "big"))
+
+
+def prompt_scores(prompt: Sequence[int], num_top: int) -> tuple[TokenLogprobs | None, ...]:
+    """What a request that asks for it is told of its prompt."""
+    told: list[TokenLogprobs | None] = [None]
+    for end in range(2, len(prompt) + 1):
+        token, value = prompt[end - 1], score(prompt[:end])
+        told.append(TokenLogprobs(token_id=token, logprob=value, rank=1, top=((token, value),)[:num_top]))
+    return tuple(told)
 
 
 class PageDevice:
@@ -55,7 +73,25 @@ class PageDevice:
             for position in range(item.start, item.start + item.num_tokens):
                 self.pages[self._place(item.slot, position)] = self.history[item.slot][position]
         self.num_computed += step.num_tokens
-        return StepResult(token_ids=[self._sample(step, index) for index in range(len(step.items))])
+        prompt = self._score(step) if any(item.scores_prompt for item in step.items) else None
+        return StepResult(token_ids=[self._sample(step, index) for index in range(len(step.items))], prompt=prompt)
+
+    def _score(self, step: ScheduledStep) -> LogprobTable:
+        """A row for each token of the step: what follows it, and how likely that is."""
+        ids, values = [], []
+        for item in step.items:
+            history = self.history[item.slot]
+            for position in range(item.start, item.start + item.num_tokens):
+                ids.append(history.get(position + 1, 0))
+                values.append(score([history[i] for i in range(position + 1)] + ids[-1:]))
+        token_ids, logprob = np.array(ids, np.int32), np.array(values, np.float32)
+        return LogprobTable(
+            token_ids=token_ids,
+            logprob=logprob,
+            rank=np.ones_like(token_ids),
+            top_ids=token_ids[:, None],
+            top_logprobs=logprob[:, None],
+        )
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         return self.tables[slot][position // self.page_size], position % self.page_size

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-from scheduler_device import EOS, PageDevice, next_token
+from scheduler_device import EOS, PageDevice, next_token, prompt_scores
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
@@ -114,6 +114,29 @@ def test_a_full_pool_preempts_the_last_and_its_tokens_stay_the_same() -> None:
         assert bench.tokens[name, 0] == expected([ord(name)] * 8, 16)
     finished = [event.request_id for event in bench.events if event.finish_reason]
     assert finished[0] == "a", "the first to come was preempted"
+
+
+def test_a_prompt_is_scored_once_though_it_is_computed_twice() -> None:
+    bench = Bench(num_pages=14, max_num_batched_tokens=4, token_buckets=(4,))
+    bench.submit("short", list(range(8)), max_tokens=20)
+    bench.step()
+    bench.step()
+    bench.submit("scored", list(range(40)), prompt_logprobs=1, max_tokens=2)
+    bench.finish()
+    assert bench.scheduler.stats().num_preemptions == 1
+    computed = sum(item.num_tokens for step in bench.steps for item in step.items if item.sequence.index == 0)
+    assert computed > 8 + 20 + 40 + 2, "the preemption fell before the first chunk"
+    assert bench.first("scored").prompt_logprobs == prompt_scores(range(40), 1)
+
+
+def test_a_scored_prompt_is_computed_though_it_is_cached() -> None:
+    bench = Bench()
+    bench.submit("plain", list(range(20)))
+    bench.finish()
+    bench.submit("scored", list(range(20)), prompt_logprobs=0)
+    bench.finish()
+    assert bench.first("scored").num_cached_tokens == 0
+    assert bench.first("scored").prompt_logprobs == prompt_scores(range(20), 0)
 
 
 def test_a_prefix_is_computed_once() -> None:

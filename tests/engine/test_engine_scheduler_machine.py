@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduler_device import EOS, VOCAB_SIZE, PageDevice, next_token
+from scheduler_device import EOS, VOCAB_SIZE, PageDevice, next_token, prompt_scores
 
 from jaxserve.core.errors import ContextLengthError, QueueFullError
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
@@ -63,6 +63,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for event in events:
             key = (event.request_id, event.index)
             assert key not in self.ended, f"{key} goes on after its end"
+            request = self.requests[event.request_id]
+            num_top = request.sampling.prompt_logprobs
+            if event.index == 0 and num_top is not None and event.token_ids and not self.tokens[key]:
+                assert event.prompt_logprobs == prompt_scores(request.prompt, num_top)
+                assert event.num_cached_tokens == 0
+            else:
+                assert event.prompt_logprobs is None
             self.tokens[key].extend(event.token_ids)
             if event.finish_reason is not None:
                 self.ended[key] = event.finish_reason
@@ -75,9 +82,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.one_of(st.none(), st.integers(1, 12)),
         salt=st.sampled_from(["", "a"]),
         plain=st.booleans(),
+        prompt_logprobs=st.sampled_from([None, None, 0, 1]),
     )
     def submit(
-        self, prefix: int, prompt: list[int], n: int, priority: int, max_tokens: int | None, salt: str, plain: bool
+        self,
+        *,
+        prefix: int,
+        prompt: list[int],
+        n: int,
+        priority: int,
+        max_tokens: int | None,
+        salt: str,
+        plain: bool,
+        prompt_logprobs: int | None,
     ) -> None:
         sampling = SamplingParams(
             seed=prefix,
@@ -85,6 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             min_tokens=0 if plain else 3,
             ignore_eos=not plain,
             stop_token_ids=() if plain else (11, 13),
+            prompt_logprobs=prompt_logprobs,
         )
         name = f"r{len(self.requests)}"
         # Prompts begin alike, so that prefixes are shared.
@@ -127,6 +145,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.device.pages.clear()
             self.scheduler.restart()
 
+    @rule()
+    def restart(self) -> None:
+        """The pool is made anew between steps: whatever runs starts over, prompts under way too."""
+        self.land()
+        self.device.pages.clear()
+        self.scheduler.restart()
+
     def land(self) -> None:
         if self.flight is not None:
             step, result = self.flight
@@ -162,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
 def test_tokens_stay_in_the_vocabulary() -> None:

@@ -89,8 +89,16 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
     )
 
 
-def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Replica, ResolvedConfig]:
+def plan_replica(
+    config: ServeConfig, spec: ModelSpec, mesh: Mesh, *, device_memory_bytes: int | None = None
+) -> tuple[Replica, ResolvedConfig]:
     """Fixes every shape of a replica; no array is made.
+
+    Args:
+        config: What was asked for.
+        spec: The model.
+        mesh: The devices, which may be abstract.
+        device_memory_bytes: Memory of one device; asked of the device itself if None.
 
     Raises:
         ConfigError: The settings contradict each other, the model, or the memory there is.
@@ -119,7 +127,7 @@ def plan_replica(config: ServeConfig, spec: ModelSpec, mesh: Mesh) -> tuple[Repl
             platform=device.platform,
             max_position=spec.max_position,
             checkpoint_dtype=spec.dtype,
-            device_memory_bytes=_device_memory_bytes(device),
+            device_memory_bytes=device_memory_bytes or _device_memory_bytes(device),
             weight_bytes=_bytes_a_device(blueprint, mesh),
             kv_bytes_per_token=_shard_bytes(page, mesh),
         )

@@ -1,0 +1,240 @@
+"""Slices of chips: by name, as facts, and as abstract devices to compile for where there is no chip.
+
+`v6e:2x4` is eight chips in two rows of four. A TPU program is compiled by libtpu, which wants its environment before it
+is loaded and keeps it; so compiling for a slice happens in a process of its own, with `environment` set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxserve.core.environment import child_environment
+from jaxserve.core.errors import ConfigError, JaxserveError
+from jaxserve.sharding.chips import CHIPS, Chip, chip_named
+
+Message: TypeAlias = dict[str, Any]
+"""A JSON object from one process to another."""
+
+_NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+(?:x\d+){0,2})")
+_ERROR_LINES = 6
+
+HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{title}"
+"""
+"""XLA's description of a Hopper GPU (`GpuTargetConfigProto`), which it needs to compile without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Chips and how they are wired.
+
+    Attributes:
+        chip: Their kind.
+        grid: How many lie along each axis.
+    """
+
+    chip: Chip
+    grid: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """`v6e:2x4`."""
+        return f"{self.chip.name}:{self.size}"
+
+    @property
+    def size(self) -> str:
+        """`2x4`, as GKE's node selector `cloud.google.com/gke-tpu-topology` has it."""
+        return "x".join(map(str, self.grid))
+
+    @property
+    def num_chips(self) -> int:
+        """Chips, as they are rented."""
+        return math.prod(self.grid)
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices, as a mesh counts them."""
+        return self.num_chips * self.chip.devices_per_chip
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads `v6e:2x4` (v4, v5p and v7x have three axes, GPUs one number).
+
+    Raises:
+        ConfigError: It is no topology; the message says what one looks like.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ConfigError(
+            f"{name!r} is no topology; write a chip and its grid, such as v6e:2x4 or tpu7x:2x2x1 (chips: "
+            f"{', '.join(CHIPS)}).",
+            param="topology",
+        )
+    chip = chip_named(found["chip"])
+    grid = tuple(int(side) for side in found["grid"].split("x"))
+    wanted = 1 if chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p", "tpu7x") else 2
+    if len(grid) != wanted or not all(grid):
+        example = {1: "8", 2: "2x4", 3: "2x2x1"}[wanted]
+        raise ConfigError(f"{name!r}: a topology of {chip.title} looks like {chip.name}:{example}.", param="topology")
+    return Topology(chip=chip, grid=grid)
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """What a process that compiles for a topology must have in its environment before it loads JAX."""
+    common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if topology.chip.platform == "gpu":
+        return common
+    counted = topology.num_chips * topology.chip.counted_per_chip
+    return common | {
+        # Without these libtpu asks a metadata server that is not there.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": topology.chip.slice_type.format(max(counted, topology.chip.counted_per_chip * 4)),
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+def require_compiler(topology: Topology) -> None:
+    """Makes sure that what compiles for a topology is installed.
+
+    Raises:
+        ConfigError: It is not; the message says what to install.
+    """
+    if topology.chip.platform == "tpu":
+        if find_spec("libtpu") is None:
+            raise ConfigError(
+                f"Compiling for {topology} needs libtpu; install it with `pip install 'jaxserve[tpu]'`.",
+                param="topology",
+            )
+    elif find_spec("jax_plugins.xla_cuda13") is None:
+        raise ConfigError(
+            f"Compiling for {topology} needs JAX's CUDA plugin; install it with `pip install 'jaxserve[gpu]'`.",
+            param="topology",
+        )
+
+
+def abstract_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a topology that is not here, in the order of its grid; only in a process with `environment`.
+
+    Raises:
+        ConfigError: The compiler is missing, or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    require_compiler(topology)
+    chip = topology.chip
+    try:
+        if chip.platform == "tpu":
+            found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+        else:
+            target = HOPPER.format(
+                cores=chip.cores, bandwidth=int(chip.hbm_bytes_per_s), memory=chip.hbm_bytes, title=chip.title
+            )
+            found = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=target, topology=f"1x1x{topology.num_devices}"
+            )
+    except Exception as error:  # libtpu raises what it likes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"There is no slice {topology} ({reason}).", param="topology") from error
+    # A description of v4 has a device for each of a chip's cores; a real v4 joins them.
+    devices: list[Any] = list(found.devices)
+    return [device for device in devices if chip.name != "v4" or device.core_on_chip == 0]
+
+
+class DevicelessError(JaxserveError):
+    """Compiling without devices failed in the process that did it."""
+
+
+def run_deviceless(
+    topology: Topology, module: str, request: Message, *, on_message: Callable[[Message], None] | None = None
+) -> Message:
+    """Runs a module in a process that can compile for a topology.
+
+    The module reads one JSON object from standard input and writes JSON objects to standard output, a line each; the
+    last one is its answer.
+
+    Args:
+        topology: What to compile for.
+        module: What runs, as `python -m module`.
+        request: What it is told.
+        on_message: Told every object but the last as it comes.
+
+    Raises:
+        ConfigError: The compiler is missing.
+        DevicelessError: The process failed; the message ends with what it said last.
+    """
+    require_compiler(topology)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        with subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=child_environment(environment(topology)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process:
+            try:
+                answer = _converse(process, request, on_message)
+            finally:
+                process.kill()
+        if answer is None:
+            log.seek(0)
+            said = [line.strip() for line in log if line.strip()][-_ERROR_LINES:]
+            raise DevicelessError(f"Compiling for {topology} failed: {' | '.join(said) or 'the process died silently'}")
+        return answer
+
+
+def reply(message: Message) -> None:
+    """Sends a message from the process that `run_deviceless` started."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _converse(
+    process: subprocess.Popen[str], request: Message, on_message: Callable[[Message], None] | None
+) -> Message | None:
+    """Sends the request and reads messages to the end; the last one, or None if the process failed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it died before it read; what it said tells why
+        json.dump(request, process.stdin)
+        process.stdin.close()
+    last: Message | None = None
+    for line in process.stdout:
+        if last is not None and on_message is not None:
+            on_message(last)
+        last = json.loads(line)
+    return last if process.wait() == 0 else None

@@ -1,0 +1,97 @@
+"""Slices by name, and devices to compile for that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.sharding.chips import CHIPS, GIB, chip_named
+from jaxserve.sharding.topology import DevicelessError, environment, parse_topology, run_deviceless
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.fixture(autouse=True)
+def modules_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the processes that tests start find the modules beside this folder."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chips", "num_devices", "hbm_gib"),
+    [("v6e:2x4", 8, 8, 32), ("v5e:16x16", 256, 256, 16), ("v5p:2x2x1", 4, 4, 95), ("tpu7x:2x2x1", 4, 8, 96)],
+)
+def test_slices(name: str, num_chips: int, num_devices: int, hbm_gib: int) -> None:
+    topology = parse_topology(name)
+    assert (topology.num_chips, topology.num_devices) == (num_chips, num_devices)
+    assert topology.chip.hbm_bytes == hbm_gib * GIB
+    assert str(topology) == name
+
+
+def test_gpus_are_counted() -> None:
+    assert parse_topology("h200:8").num_devices == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v6e", "is no topology; write a chip and its grid, such as v6e:2x4"),
+        ("v9:2x2", "'v9' is no chip; the chips are v4, v5e, v5p, v6e, tpu7x, h100, h200"),
+        ("v6e:2x2x2", "looks like v6e:2x4"),
+        ("v5p:2x2", "looks like v5p:2x2x1"),
+        ("h100:2x4", "looks like h100:8"),
+        ("v6e:0x4", "looks like v6e:2x4"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_topology(name)
+
+
+def test_v7x_is_an_alias() -> None:
+    assert chip_named("v7x") is CHIPS["tpu7x"]
+
+
+def test_peaks() -> None:
+    assert CHIPS["v6e"].peak_flops("int8") == 2 * CHIPS["v6e"].peak_flops("bfloat16")
+    assert CHIPS["v4"].peak_flops("float8_e4m3fn") == CHIPS["v4"].peak_flops("bfloat16"), "no unit of its own"
+
+
+def test_compilers_stay_off_the_metadata_server() -> None:
+    settings = environment(parse_topology("v6e:2x4"))
+    assert settings["TPU_SKIP_MDS_QUERY"] == "1"
+    assert settings["TPU_ACCELERATOR_TYPE"] == "v6e-8"
+    assert settings["JAX_PLATFORMS"] == "cpu"
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxserve.sharding.topology.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jaxserve\[tpu\]'"):
+        run_deviceless(parse_topology("v6e:2x4"), "jaxserve", {})
+    with pytest.raises(ConfigError, match=r"pip install 'jaxserve\[gpu\]'"):
+        run_deviceless(parse_topology("h200:1"), "jaxserve", {})
+
+
+@needs_libtpu
+def test_what_a_dead_process_said_last_is_in_the_error() -> None:
+    with pytest.raises(DevicelessError, match=r"v6e:1x1 failed: .*No module named no_such_module"):
+        run_deviceless(parse_topology("v6e:1x1"), "no_such_module", {})
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:2x4", "v6e:1x1", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_devices_of_slices(name: str) -> None:
+    seen: list[object] = []
+    topology = parse_topology(name)
+    answer = run_deviceless(topology, "deviceless_module", {"topology": name}, on_message=seen.append)
+    assert seen == [{"progress": 1}]
+    assert answer == {"devices": topology.num_devices, "platform": "tpu"}
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist() -> None:
+    with pytest.raises(DevicelessError, match="There is no slice v6e:3x7"):
+        run_deviceless(parse_topology("v6e:3x7"), "deviceless_module", {"topology": "v6e:3x7"})

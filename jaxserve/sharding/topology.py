@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -179,7 +180,12 @@ class DevicelessError(JaxserveError):
 
 
 def run_deviceless(
-    topology: Topology, module: str, request: Message, *, on_message: Callable[[Message], None] | None = None
+    topology: Topology,
+    module: str,
+    request: Message,
+    *,
+    on_message: Callable[[Message], None] | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Message:
     """Runs a module in a process that can compile for a topology.
 
@@ -191,6 +197,7 @@ def run_deviceless(
         module: What runs, as `python -m module`.
         request: What it is told.
         on_message: Told every object but the last as it comes.
+        variables: What its environment holds besides, such as flags of the compiler.
 
     Raises:
         ConfigError: The compiler is missing.
@@ -200,7 +207,7 @@ def run_deviceless(
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(
             [sys.executable, "-m", module],
-            env=child_environment(environment(topology)),
+            env=child_environment({**environment(topology), **variables}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,4 +1,4 @@
-"""`jaxserve bench engine`: host time of a step."""
+"""`jaxserve bench engine`: host time of a step, or what many requests leave behind."""
 
 from __future__ import annotations
 
@@ -23,16 +23,29 @@ def add_command(subjects: Commands) -> None:
     parser.add_argument("--num-seqs", type=positives, default="64,256", metavar="N,...", help="sequences, a run each")
     parser.add_argument("--input-len", type=positive, default=128, metavar="N", help="tokens of a prompt")
     parser.add_argument("--output-len", type=positive, default=256, metavar="N", help="tokens to generate")
+    parser.add_argument(
+        "--requests",
+        type=positive,
+        metavar="N",
+        help="instead push so many short requests through; fails if one is not answered or memory grows",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures the host's part of a step."""
+    """Measures the host's part of a step, or what many requests leave behind."""
     from rich.console import Console
 
-    from jaxserve.bench.engine import measure_host_time, table
+    from jaxserve.bench.engine import endurance_table, endure, measure_host_time, table
 
+    if arguments.requests is not None:
+        result = endure(arguments.requests)
+        if arguments.json:
+            print(json.dumps(result.as_json(), indent=2))
+        else:
+            Console().print(endurance_table(result))
+        return 0 if result.clean else 1
     results = [
         measure_host_time(number, prompt_tokens=arguments.input_len, output_tokens=arguments.output_len)
         for number in arguments.num_seqs

@@ -121,13 +121,18 @@ class Decoder(nnx.Module):
         """Scores over the vocabulary, float32, for hidden states that `__call__` returned."""
         with jax.named_scope("logits"):
             table = self.embed if self.lm_head is None else self.lm_head
-            logits = self._whole(table.logits(hidden))
+            # Pinned first to the split of the table, lest the table be gathered instead of the logits.
+            logits = self._whole(self._split(table.logits(hidden), (None, "vocab")))
             cap = self.spec.logit_soft_cap
             return logits if cap is None else jnp.float32(cap) * jnp.tanh(logits / jnp.float32(cap))
 
     def _whole(self, x: Array) -> Array:
         """Keeps an activation whole on every device of the mesh."""
-        return x if self.mesh is None else constrain(x, (None,) * x.ndim, self.mesh)
+        return self._split(x, (None,) * x.ndim)
+
+    def _split(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+        """Splits an activation as its logical axes ask for."""
+        return x if self.mesh is None else constrain(x, axes, self.mesh)
 
 
 @dataclass(frozen=True, kw_only=True)

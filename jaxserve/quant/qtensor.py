@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Shaped
 from numpy.typing import NDArray
 
 INT8_MAX = 127.0
@@ -38,26 +38,50 @@ def quantize_channels(
     return values, np.squeeze(scale, axis=axes)
 
 
-def quantize_rows(x: Float[Array, "T D"]) -> tuple[Int8[Array, "T D"], Float[Array, "T 1"]]:
+def contract(x: Shaped[Array, T *inputs], kernel: Shaped[Array, ...], dtype: jnp.dtype) -> Shaped[Array, "T ..."]:
+    """Sums x over all dimensions but its first against the first ones of a kernel.
+
+    Args:
+        x: Activations, one row a token.
+        kernel: [*inputs, *outputs].
+        dtype: In which the sum is kept and returned.
+    """
+    inputs = x.ndim - 1
+    dims = ((tuple(range(1, inputs + 1)), tuple(range(inputs))), ((), ()))
+    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+
+
+def quantize_rows(x: Float[Array, T *inputs]) -> tuple[Int8[Array, T *inputs], Float[Array, " T"]]:
     """Dynamic symmetric quantisation of activations, one scale a row."""
     x32 = x.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
+    absmax = jnp.max(jnp.abs(x32), axis=tuple(range(1, x.ndim)))
     scale = jnp.maximum(absmax, jnp.float32(1e-12)) * jnp.float32(1.0 / INT8_MAX)
-    return jnp.round(x32 / scale).astype(jnp.int8), scale
+    return jnp.round(x32 / _spread(scale, x.ndim)).astype(jnp.int8), scale
 
 
 def int8_matmul(
-    x: Float[Array, "T D"], values: Int8[Array, "*matrix"], scale: Float[Array, " O"], *, transposed: bool = False
-) -> Float[Array, "T O"]:
+    x: Float[Array, T *inputs],
+    values: Int8[Array, ...],
+    scale: Float[Array, "*outputs"],
+    *,
+    transposed: bool = False,
+) -> Float[Array, T *outputs]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32.
 
     Args:
         x: Activations, one row a token.
-        values: [D, O], or [O, D] if `transposed`.
+        values: [*inputs, *outputs], or [O, D] if `transposed`.
         scale: One an output channel.
         transposed: Whether the contracted dimension of `values` comes last; nothing is copied to turn it.
     """
     rows, row_scale = quantize_rows(x)
-    contracted = ((1,), (1,)) if transposed else ((1,), (0,))
-    total = jax.lax.dot_general(rows, values, (contracted, ((), ())), preferred_element_type=jnp.int32)
-    return total.astype(jnp.float32) * row_scale * scale[None, :]
+    if transposed:
+        total = jax.lax.dot_general(rows, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    else:
+        total = contract(rows, values, jnp.dtype(jnp.int32))
+    return total.astype(jnp.float32) * _spread(row_scale, total.ndim) * scale[None]
+
+
+def _spread(rows: Float[Array, " T"], ndim: int) -> Array:
+    """One value a row, for arrays of `ndim` dimensions."""
+    return rows.reshape(-1, *(1,) * (ndim - 1))

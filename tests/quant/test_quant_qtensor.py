@@ -44,7 +44,7 @@ def test_matmul_error_is_bounded(transposed: bool) -> None:
     # The bound is the worst case; typical errors add up like noise.
     assert np.sqrt(np.mean((got - exact) ** 2)) < 0.02 * np.sqrt(np.mean(exact**2))
     rows, row_scale = (np.asarray(part) for part in quantize_rows(jnp.asarray(x)))
-    integers = (rows.astype(np.int64) @ values.astype(np.int64)) * row_scale.astype(np.float64) * scale
+    integers = (rows.astype(np.int64) @ values.astype(np.int64)) * row_scale.astype(np.float64)[:, None] * scale
     np.testing.assert_allclose(got, integers, rtol=1e-5)
 
 

@@ -1,13 +1,12 @@
 """Linear maps with named axes, in floating point or int8.
 
 A kernel keeps the dimensions the model thinks in (`[D, K, G+2, H]` rather than `[D, O]`), each with its logical axis,
-so that the loader, the sharding rules and the quantiser all read one declaration. It is flattened to a matrix only
-where it is multiplied.
+so that the loader, the sharding rules and the quantiser all read one declaration. It is never flattened: a dimension
+merged with one that a mesh splits could no longer be split, and the weight would be gathered instead.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxserve.quant.bits import from_storage
-from jaxserve.quant.qtensor import int8_matmul
+from jaxserve.quant.qtensor import contract, int8_matmul
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,20 +57,17 @@ class Linear(nnx.Module):
         self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype)
         self.scale = param(out_shape, out_axes, jnp.dtype(jnp.float32)) if quantized else None
         self.bias = param(out_shape, out_axes, numerics.dtype) if bias else None
-        self.out_shape = out_shape
-        self.num_inputs = math.prod(in_shape)
 
     def __call__(self, x: Float[Array, T * inputs]) -> Float[Array, T * outputs]:
         """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
-        rows = x.reshape(x.shape[0], self.num_inputs)
-        kernel = from_storage(self.kernel[...]).reshape(self.num_inputs, -1)
+        kernel = from_storage(self.kernel[...])
         if self.scale is not None:
-            y = int8_matmul(rows, kernel, self.scale[...].reshape(-1))
+            y = int8_matmul(x, kernel, self.scale[...])
         else:
-            y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            y = contract(x, kernel, jnp.dtype(jnp.float32))
         if self.bias is not None:
-            y = y + from_storage(self.bias[...]).reshape(1, -1).astype(jnp.float32)
-        return y.astype(x.dtype).reshape(x.shape[0], *self.out_shape)
+            y = y + from_storage(self.bias[...])[None].astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class Table(nnx.Module):

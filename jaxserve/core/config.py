@@ -7,17 +7,17 @@ platform and the model and returns a `ResolvedConfig`. Both are frozen. The envi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from jaxserve.core.environment import ENV_PREFIX, variables
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.setting import boolean, choice, declare, integer, names, number
 
-T = TypeVar("T")
 MIB = 1 << 20
 
 
@@ -55,99 +55,59 @@ class MeshShape:
         return f"data={self.data},expert={self.expert},tensor={self.tensor}"
 
 
-def _boolean(text: str) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if text.lower() not in words:
-        raise ValueError(f"'{text}' is not true or false")
-    return words[text.lower()]
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    return _checked(str, lambda text: text in choices, f"one of {', '.join(choices)}")
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
-    return _checked(int, lambda value: value >= low and (high is None or value <= high), wanted)
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    return _checked(float, lambda value: low <= value <= high, f"in [{low}, {high}]")
-
-
-def _checked(read: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
-    """A parser that reads text as `read` does and refuses what does not hold."""
-
-    def parse(text: str) -> T:
-        value = read(text)
-        if not holds(value):
-            raise ValueError(f"'{text}' is not {wanted}")
-        return value
-
-    return parse
-
-
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _setting(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type
-    """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None."""
-    return field(default=default, metadata={"parse": parse, "help": what, "none": none})
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """What `jaxserve serve` can be told; None means "auto" (or absent), and `resolve` decides."""
 
-    model: str = _setting(
+    model: str = declare(
         "smollm2-135m", str, "what to serve: a preset, a Hugging Face id, a folder, a .gguf file, random:PRESET"
     )
-    role: str = _setting("both", _choice("both"), "both prefill and decode in this process")
-    host: str = _setting("127.0.0.1", str, "address to listen on")
-    port: int = _setting(8000, _integer(0, 65535), "HTTP port; 0 takes a free one")
-    mesh: MeshShape = _setting(MeshShape(), MeshShape.parse, "how to split the model, e.g. data=1,tensor=8,expert=1")
-    dtype: str | None = _setting(
+    role: str = declare("both", choice("both"), "both prefill and decode in this process")
+    host: str = declare("127.0.0.1", str, "address to listen on")
+    port: int = declare(8000, integer(0, 65535), "HTTP port; 0 takes a free one")
+    mesh: MeshShape = declare(MeshShape(), MeshShape.parse, "how to split the model, e.g. data=1,tensor=8,expert=1")
+    dtype: str | None = declare(
         None,
-        _choice("float32", "bfloat16", "float16"),
+        choice("float32", "bfloat16", "float16"),
         "dtype of activations and unquantised weights (auto: the checkpoint's; on CPUs bfloat16 for float16)",
         none="auto",
     )
-    quantization: str | None = _setting(
-        None, _choice("int8"), "int8: per-channel weights, int8 activations", none="none"
+    quantization: str | None = declare(None, choice("int8"), "int8: per-channel weights, int8 activations", none="none")
+    kv_cache_dtype: str | None = declare(
+        None, choice("float32", "bfloat16", "float16"), "dtype of the KV cache (auto: as dtype)", none="auto"
     )
-    kv_cache_dtype: str | None = _setting(
-        None, _choice("float32", "bfloat16", "float16"), "dtype of the KV cache (auto: as dtype)", none="auto"
+    attention: str | None = declare(
+        None, choice("reference", "xla", "tpu", "gpu"), "implementation of paged attention", none="auto"
     )
-    attention: str | None = _setting(
-        None, _choice("reference", "xla", "tpu", "gpu"), "implementation of paged attention", none="auto"
+    max_model_len: int | None = declare(
+        None, integer(2), "most tokens of prompt and output (auto: the model's, if the pool holds it)", none="auto"
     )
-    max_model_len: int | None = _setting(
-        None, _integer(2), "most tokens of prompt and output (auto: the model's, if the pool holds it)", none="auto"
+    max_num_seqs: int | None = declare(None, integer(1, 4096), "most sequences that run at once", none="auto")
+    max_num_batched_tokens: int | None = declare(None, integer(1), "most tokens a step computes", none="auto")
+    page_size: int | None = declare(None, integer(1, 1024), "tokens a KV page holds", none="auto")
+    num_pages: int | None = declare(None, integer(1), "pages in the KV pool", none="auto")
+    memory_fraction: float | None = declare(
+        None, number(0.01, 1.0), "share of the device's memory for weights and KV pool together", none="auto"
     )
-    max_num_seqs: int | None = _setting(None, _integer(1, 4096), "most sequences that run at once", none="auto")
-    max_num_batched_tokens: int | None = _setting(None, _integer(1), "most tokens a step computes", none="auto")
-    page_size: int | None = _setting(None, _integer(1, 1024), "tokens a KV page holds", none="auto")
-    num_pages: int | None = _setting(None, _integer(1), "pages in the KV pool", none="auto")
-    memory_fraction: float | None = _setting(
-        None, _number(0.01, 1.0), "share of the device's memory for weights and KV pool together", none="auto"
+    enable_prefix_caching: bool = declare(True, boolean, "reuse the KV of prompts that begin alike")
+    long_prefill_token_threshold: int | None = declare(
+        None, integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
     )
-    enable_prefix_caching: bool = _setting(True, _boolean, "reuse the KV of prompts that begin alike")
-    long_prefill_token_threshold: int | None = _setting(
-        None, _integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
+    max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
+    served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
+    api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
+    max_body_bytes: int = declare(8 * MIB, integer(1), "largest request body")
+    request_timeout_s: float | None = declare(
+        None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"
     )
-    max_waiting: int = _setting(1024, _integer(0), "sequences that may wait before requests are refused with a 429")
-    served_model_name: tuple[str, ...] = _setting((), _list, "names the API knows the model by, comma-separated")
-    api_key: tuple[str, ...] = _setting((), _list, "keys that clients must present, comma-separated; none: open to all")
-    max_body_bytes: int = _setting(8 * MIB, _integer(1), "largest request body")
-    drain_deadline_s: float = _setting(30.0, _number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
-    seed: int = _setting(0, _integer(0), "seed of random weights and of requests that bring none")
-    cache_dir: Path | None = _setting(None, Path, "where models and compiled programs are kept", none="auto")
-    compilation_cache: bool = _setting(True, _boolean, "keep compiled programs on disk between starts")
-    offline: bool = _setting(False, _boolean, "never touch the network")
-    log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "least severe messages to log")
-    log_format: str = _setting("text", _choice("text", "json"), "form of a log line")
-    otlp_endpoint: str | None = _setting(None, str, "OpenTelemetry collector to send spans to", none="none")
+    drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
+    seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
+    cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")
+    compilation_cache: bool = declare(True, boolean, "keep compiled programs on disk between starts")
+    offline: bool = declare(False, boolean, "never touch the network")
+    log_level: str = declare("info", choice("debug", "info", "warning", "error"), "least severe messages to log")
+    log_format: str = declare("text", choice("text", "json"), "form of a log line")
+    otlp_endpoint: str | None = declare(None, str, "OpenTelemetry collector to send spans to", none="none")
 
     def resolve(self, facts: Facts) -> ResolvedConfig:
         """Answers every "auto".

@@ -79,14 +79,20 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         progress=progress,
     )
     tokenizer = load_tokenizer(source)
-    template = tokenizer.chat_template
     return Model(
         source=source,
         spec=load_spec(source),
         tokenizer=tokenizer,
-        chat_template=None if template is None else ChatTemplate(template, tokenizer.special_tokens),
+        chat_template=_chat_template(tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,
     )
+
+
+def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's; a model that has one for tools only has it for everything."""
+    default, tools = tokenizer.chat_template, tokenizer.tool_chat_template
+    source = tools if default is None else default
+    return None if source is None else ChatTemplate(source, tokenizer.special_tokens, tool_source=tools)
 
 
 def plan_replica(

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from jaxserve.core.config import ServeConfig
 from jaxserve.launch.build import Progress, build_engine, find_model
+from jaxserve.launch.memory import settle_heap
 from jaxserve.server.lifecycle import serve_app
 from jaxserve.server.openai.app import create_app
 from jaxserve.server.openai.config import AppConfig
@@ -40,16 +41,26 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
         model.tokenizer,
         model.chat_template,
         AppConfig(
-            served_model_names=names, version=release, api_keys=config.api_key, max_body_bytes=config.max_body_bytes
+            served_model_names=names,
+            version=release,
+            api_keys=config.api_key,
+            max_body_bytes=config.max_body_bytes,
+            request_timeout_s=config.request_timeout_s,
         ),
         registry=registry,
         tracer=tracer,
     )
+
+    def start() -> None:
+        engine = build_engine(config, model, observer=metrics, progress=progress)
+        settle_heap()
+        slot.fill(engine)
+
     serve_app(
         app,
         slot,
         host=config.host,
         port=config.port,
         drain_deadline_s=config.drain_deadline_s,
-        start=lambda: slot.fill(build_engine(config, model, observer=metrics, progress=progress)),
+        start=start,
     )

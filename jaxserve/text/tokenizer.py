@@ -47,6 +47,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def tool_chat_template(self) -> str | None:
+        """Another one for requests with tools, if the model has one ("tool_use")."""
+        ...
+
+    @property
     def special_tokens(self) -> Mapping[str, str]:
         """Text of special tokens by role (`bos_token`, `eos_token`, ...), for chat templates."""
         ...
@@ -139,6 +144,11 @@ class BackendTokenizer:
     def chat_template(self) -> str | None:
         """The model's Jinja chat template, if it has one."""
         return self.facts.chat_templates.get("default")
+
+    @property
+    def tool_chat_template(self) -> str | None:
+        """Another one for requests with tools, if the model has one."""
+        return self.facts.chat_templates.get("tool_use")
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

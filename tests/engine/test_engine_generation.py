@@ -19,6 +19,7 @@ class Letters:
     bos_token_id: int | None = None
     eos_token_ids = (0,)
     chat_template: str | None = None
+    tool_chat_template: str | None = None
     special_tokens: dict[str, str] = {}  # noqa: RUF012 - the protocol wants an instance attribute
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -1,6 +1,9 @@
-"""Intake: whether a request can ever be served, and the sequences it becomes."""
+"""Intake: whether a request can ever be served, the sequences it becomes, when to come back if the queue is full."""
 
 from __future__ import annotations
+
+import math
+from collections import deque
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError
 from jaxserve.core.types import Request
@@ -10,6 +13,30 @@ from jaxserve.kv.manager import KVManager
 
 SEED_MASK = (1 << 63) - 1
 """Seeds are taken modulo 2**63, negative ones too."""
+
+MAX_RETRY_S = 30
+"""Longest wait that is asked of a client."""
+
+
+class Departures:
+    """When the last sequences ended: how fast the queue moves."""
+
+    def __init__(self) -> None:
+        self._ended_s: deque[float] = deque(maxlen=64)
+
+    def note(self, now_s: float) -> None:
+        """A sequence has ended."""
+        self._ended_s.append(now_s)
+
+    def retry_after_s(self, num_waiting: int, now_s: float) -> int:
+        """Seconds until those who wait now are likely to have had their turn, in [1, MAX_RETRY_S].
+
+        While nothing is known, because nothing has ended yet, that is 1.
+        """
+        if not self._ended_s:
+            return 1
+        seconds_each = (now_s - self._ended_s[0]) / len(self._ended_s)
+        return max(1, min(MAX_RETRY_S, math.ceil(num_waiting * seconds_each)))
 
 
 def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None:

@@ -21,13 +21,11 @@ from jaxserve.core.errors import InvalidRequestError, QueueFullError
 from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.intake import check_fits, new_sequences
+from jaxserve.engine.intake import Departures, check_fits, new_sequences
 from jaxserve.engine.policy import SchedulerConfig, admission_reserve
 from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
 from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
 from jaxserve.kv.manager import KVManager
-
-_RETRY_AFTER_S = 1
 
 
 class Scheduler:
@@ -59,6 +57,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._requests: dict[str, list[Sequence]] = {}
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._departures = Departures()
         self._num_blocked = 0
         self._num_preemptions = 0
         self._next_seq_id = 0
@@ -104,9 +103,8 @@ class Scheduler:
         check_fits(request, self._config, self._kv)
         limit = self._config.max_waiting
         if self.num_waiting + request.n > limit:
-            raise QueueFullError(
-                f"The queue of {limit} sequences is full; try again later.", retry_after_s=_RETRY_AFTER_S
-            )
+            wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
+            raise QueueFullError(f"The queue of {limit} sequences is full; try again later.", retry_after_s=wait_s)
         seed = request.sampling.seed
         sequences = new_sequences(
             request,
@@ -392,6 +390,7 @@ class Scheduler:
             case _:
                 self._leave(sequence)
         self._kv.release(sequence.table)
+        self._departures.note(self._clock())
         sequence.status = SequenceStatus.FINISHED
         sequence.epoch += 1
         siblings = self._requests[sequence.request.request_id]

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import jax
@@ -138,14 +138,7 @@ def plan_replica(
             kv_bytes_per_token=_shard_bytes(page, mesh),
         )
     )
-    layout = PoolLayout(
-        num_layers=page.num_layers,
-        num_pages=resolved.num_pages,
-        page_size=resolved.page_size,
-        num_kv_heads=page.num_kv_heads,
-        head_dim=page.head_dim,
-        dtype=page.dtype,
-    )
+    layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
     )

@@ -219,6 +219,36 @@ def test_the_queue_is_bounded() -> None:
     assert len(bench.tokens) == 3
 
 
+def test_a_full_queue_says_how_long_it_takes() -> None:
+    bench = Bench(max_num_seqs=1, max_waiting=5)
+
+    def retry_after_s() -> int:
+        number = 0
+        while True:
+            try:
+                bench.submit(f"{bench.now} {number}", [1], max_tokens=4)
+            except QueueFullError as error:
+                return error.retry_after_s
+            number += 1
+
+    def run(num_steps: int, *, step_s: float) -> None:
+        for _ in range(num_steps):
+            assert bench.step()
+            bench.now += step_s
+
+    assert retry_after_s() == 1  # nothing has ended yet
+    run(8, step_s=0.5)
+    # Two have ended in four steps each; four more wait for one that runs, and five after this.
+    assert 5 <= retry_after_s() <= 10
+    bench.now += 1000
+    assert retry_after_s() == 30
+    bench.finish()
+    for _ in range(70):
+        bench.submit("short", [1], max_tokens=1)
+        run(1, step_s=0.01)
+    assert retry_after_s() == 1
+
+
 @pytest.mark.parametrize(
     ("length", "max_tokens", "param"),
     [(70, None, "prompt"), (64, 1, "prompt"), (60, 5, "max_tokens"), (30, 40, "max_tokens")],

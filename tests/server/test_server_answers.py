@@ -27,6 +27,7 @@ from server_harness import (
     make_engine,
 )  # fmt: skip
 
+from jaxserve.core.errors import QueueFullError
 from jaxserve.core.types import Request, TokenEvent, TokenLogprobs
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.fake import FakeEngine
@@ -316,6 +317,16 @@ class TestErrors:
             assert response.status_code == 429
             assert engine.stats().num_waiting == 0
             await post(client, CHAT, chat())
+
+    async def test_queue_full_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(request: object) -> None:
+            raise QueueFullError("The queue is full; try again later.", retry_after_s=17)
+
+        engine = make_engine()
+        monkeypatch.setattr(engine, "stream", refuse)
+        async with client_of(make_app(engine)) as client:
+            response = await client.post(CHAT, json=chat())
+            assert (response.status_code, response.headers["retry-after"]) == (429, "17")
 
     async def test_dead_engine(self) -> None:
         engine = make_engine()

@@ -26,7 +26,7 @@ def test_steps_in_which_all_decode() -> None:
 def test_ten_thousand_requests_leave_nothing_behind() -> None:
     result = endure(10_000)
     assert (result.num_answered, result.num_left, result.kv_cache_usage) == (10_000, 0, 0)
-    assert result.grown_blocks <= 100
+    assert result.grown_blocks <= 1000  # of 5,000 requests: not one block each
     assert result.clean
 
 
@@ -35,7 +35,7 @@ def test_endurance_says_what_is_wrong() -> None:
     assert not replace(result, num_answered=99).clean
     assert not replace(result, num_left=1).clean
     assert not replace(result, kv_cache_usage=0.1).clean
-    assert not replace(result, grown_blocks=1000).clean
+    assert not replace(result, grown_blocks=600).clean
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,10 +49,10 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_endurance_json(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["bench", "engine", "--requests", "300", "--json"])
+    assert main(["bench", "engine", "--requests", "300", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["num_requests"], result["num_answered"], result["num_left"]) == (300, 300, 0)
-    main(["bench", "engine", "--requests", "300"])
+    assert main(["bench", "engine", "--requests", "300"]) == 0
     assert "answered" in capsys.readouterr().out
 
 

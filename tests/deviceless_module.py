@@ -1,12 +1,17 @@
 """What `run_deviceless` runs in its tests: counts the devices of a topology."""
 
-import json
-import sys
+from __future__ import annotations
 
-from jaxserve.sharding.topology import abstract_devices, parse_topology, reply
+from typing import Any
 
-if __name__ == "__main__":
-    request = json.load(sys.stdin)
+from jaxserve.sharding.topology import abstract_devices, answer, parse_topology, reply
+
+
+def count(request: dict[str, Any]) -> dict[str, Any]:
     reply({"progress": 1})
     devices = abstract_devices(parse_topology(request["topology"]))
-    reply({"devices": len(devices), "platform": devices[0].platform})
+    return {"devices": len(devices), "platform": devices[0].platform}
+
+
+if __name__ == "__main__":
+    answer(count)

@@ -20,7 +20,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.engine.batch import StepInput
 from jaxserve.engine.compile import Executables, compile_programs
 from jaxserve.engine.programs import Replica, programs
-from jaxserve.models.costs import CostModel, StepShape, device_kv_bytes
+from jaxserve.models.costs import CostModel, StepShape, device_bytes
 
 ROUNDS = 5
 """Times everything is measured; the median counts."""
@@ -127,7 +127,7 @@ class _Device:
         costs = CostModel(
             blueprint=replica.blueprint,
             mesh=replica.mesh,
-            kv_bytes_per_token=device_kv_bytes(layout.abstract(replica.mesh)) // (layout.num_pages * layout.page_size),
+            kv_bytes_per_token=device_bytes(layout.abstract(replica.mesh)) // (layout.num_pages * layout.page_size),
             kv_heads=layout.num_kv_heads,
         )
         return StepTime(

@@ -146,19 +146,19 @@ class CostModel:
         """Bytes a device sends, and in how many collectives.
 
         Rings: an all-reduce of n bytes sends 2 n (d - 1) / d of them over d devices, an all-gather half of that. What
-        is summed is what a matmul over a split dimension leaves: float32.
+        is summed is rounded to the activations' dtype before it travels, as XLA does on TPUs.
         """
         shards = self.mesh.shape[TENSOR]
         if shards == 1:
             return 0, 0
         spec, params = self.blueprint.spec, self.blueprint.params()
         ring = 2 * (shards - 1) / shards
-        residual = shape.num_tokens * spec.hidden_size * 4
+        residual = shape.num_tokens * spec.hidden_size * self.blueprint.dtype.itemsize
         summed = [path for path in ("layers.attn.out.kernel", "layers.mlp.down.kernel") if self._is_split(params[path])]
         sent = len(summed) * spec.num_layers * residual * ring
         count = len(summed) * spec.num_layers
         if self._is_split(params["embed.table"]):
-            sent += shape.num_tokens * spec.hidden_size * self.blueprint.dtype.itemsize * ring
+            sent += residual * ring
             count += 1
         head = params["embed.table" if spec.tie_embeddings else "lm_head.table"]
         if self._is_split(head):
@@ -176,9 +176,14 @@ class CostModel:
         return self._shard_size(info) * info.dtype.itemsize
 
 
-def device_kv_bytes(abstract_pool: jax.ShapeDtypeStruct) -> int:
-    """Bytes of the KV pool that one device holds."""
-    sharding = abstract_pool.sharding
-    shape = abstract_pool.shape if sharding is None else sharding.shard_shape(abstract_pool.shape)
-    num_bytes: int = math.prod(shape) * abstract_pool.dtype.itemsize
-    return num_bytes
+def device_bytes(tree: object) -> int:
+    """Bytes that one device holds of abstract arrays.
+
+    Args:
+        tree: A pytree of `jax.ShapeDtypeStruct`; one without a sharding is held whole.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

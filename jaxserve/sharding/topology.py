@@ -30,6 +30,8 @@ Message: TypeAlias = dict[str, Any]
 
 _NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+(?:x\d+){0,2})")
 _ERROR_LINES = 6
+_ERROR = "jaxserve_error"
+_CHIPS_PER_HOST = 4
 
 HOPPER = """
 gpu_device_info {{
@@ -159,7 +161,11 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
     chip = topology.chip
     try:
         if chip.platform == "tpu":
-            found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+            # A host has four chips unless the slice is smaller.
+            bounds = (
+                {"chips_per_host_bounds": (*topology.grid, 1, 1)[:3]} if topology.num_chips < _CHIPS_PER_HOST else {}
+            )
+            found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **bounds)
         else:
             target = HOPPER.format(
                 cores=chip.cores, bandwidth=int(chip.hbm_bytes_per_s), memory=chip.hbm_bytes, title=chip.title
@@ -200,7 +206,7 @@ def run_deviceless(
         variables: What its environment holds besides, such as flags of the compiler.
 
     Raises:
-        ConfigError: The compiler is missing.
+        ConfigError: The compiler is missing, or the module raised an error of ours.
         DevicelessError: The process failed; the message ends with what it said last.
     """
     require_compiler(topology)
@@ -214,20 +220,37 @@ def run_deviceless(
             text=True,
         ) as process:
             try:
-                answer = _converse(process, request, on_message)
+                said = _converse(process, request, on_message)
             finally:
                 process.kill()
-        if answer is None:
+        if said is None:
             log.seek(0)
-            said = [line.strip() for line in log if line.strip()][-_ERROR_LINES:]
-            raise DevicelessError(f"Compiling for {topology} failed: {' | '.join(said) or 'the process died silently'}")
-        return answer
+            lines = [line.strip() for line in log if line.strip()][-_ERROR_LINES:]
+            raise DevicelessError(
+                f"Compiling for {topology} failed: {' | '.join(lines) or 'the process died silently'}"
+            )
+        if _ERROR in said:
+            raise ConfigError(said[_ERROR])
+        return said
 
 
 def reply(message: Message) -> None:
     """Sends a message from the process that `run_deviceless` started."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
+
+
+def answer(respond: Callable[[Message], Message]) -> None:
+    """Answers the request that `run_deviceless` made, in the process it started.
+
+    Args:
+        respond: Turns the request into the answer; errors of ours become the caller's.
+    """
+    request = json.load(sys.stdin)
+    try:
+        reply(respond(request))
+    except JaxserveError as error:
+        reply({_ERROR: error.message})
 
 
 def _converse(

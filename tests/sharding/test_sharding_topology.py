@@ -93,5 +93,5 @@ def test_devices_of_slices(name: str) -> None:
 
 @needs_libtpu
 def test_a_slice_that_does_not_exist() -> None:
-    with pytest.raises(DevicelessError, match="There is no slice v6e:3x7"):
+    with pytest.raises(ConfigError, match="There is no slice v6e:3x7"):
         run_deviceless(parse_topology("v6e:3x7"), "deviceless_module", {"topology": "v6e:3x7"})

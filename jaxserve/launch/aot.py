@@ -1,0 +1,266 @@
+"""Every program of a replica compiled for a slice that is not here, and what the compiler says of each.
+
+`aot_report` starts a process that can compile for the topology (`sharding.topology.run_deviceless`); this module is
+what runs there, too. The programs are the ones serving would compile, lowered from the same abstract arguments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import jax
+
+from jaxserve.checkpoint.sources import spec_of
+from jaxserve.core.config import ServeConfig, load
+from jaxserve.engine.programs import Key, Program, Replica, programs
+from jaxserve.launch.build import Progress, plan_replica
+from jaxserve.models.costs import device_bytes
+from jaxserve.models.spec import ModelSpec
+from jaxserve.sharding.collectives import Collective, collectives
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.topology import (
+    Message,
+    Topology,
+    abstract_devices,
+    answer,
+    parse_topology,
+    reply,
+    run_deviceless,
+)
+
+COMPILE_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramReport:
+    """What the compiler says of a program; bytes are of one device.
+
+    Attributes:
+        name: The program.
+        bucket: Its size, 0 if it has one only.
+        compile_s: Lowering and compiling.
+        argument_bytes: What it is given.
+        output_bytes: What it returns.
+        aliased_bytes: The part of what it returns that stands where an argument stood.
+        temporary_bytes: What it needs besides while it runs.
+        code_bytes: The program itself.
+        collectives: What it exchanges with other devices.
+        failure: Why it did not compile, or None.
+    """
+
+    name: str
+    bucket: int
+    compile_s: float
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    aliased_bytes: int = 0
+    temporary_bytes: int = 0
+    code_bytes: int = 0
+    collectives: tuple[Collective, ...] = ()
+    failure: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """Name and bucket."""
+        return (self.name, self.bucket)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AotReport:
+    """A replica on a slice; bytes are of one device.
+
+    Attributes:
+        model: The model as it was named.
+        topology: The slice.
+        mesh: Sizes of the mesh axes.
+        dtype: Of activations and unquantised weights.
+        kv_dtype: Of the KV pool.
+        page_size: Tokens a page holds.
+        num_pages: Pages of each layer.
+        max_model_len: Most tokens of a sequence.
+        token_buckets: Sizes of the decoder's steps.
+        seq_buckets: Sizes of the head's steps.
+        weight_bytes: Parameters.
+        kv_bytes: The KV pool.
+        state_bytes: The sampler's state.
+        programs: One report each, of those that were compiled.
+    """
+
+    model: str
+    topology: str
+    mesh: Mapping[str, int]
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    num_pages: int
+    max_model_len: int
+    token_buckets: tuple[int, ...]
+    seq_buckets: tuple[int, ...]
+    weight_bytes: int
+    kv_bytes: int
+    state_bytes: int
+    programs: tuple[ProgramReport, ...] = ()
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What the hungriest program needs while it runs; one runs at a time."""
+        return max((report.temporary_bytes for report in self.programs), default=0)
+
+    @property
+    def code_bytes(self) -> int:
+        """All programs that were compiled; each stays loaded."""
+        return sum(report.code_bytes for report in self.programs)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory a device needs."""
+        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.temporary_bytes + self.code_bytes
+
+    @property
+    def failures(self) -> tuple[ProgramReport, ...]:
+        """Programs that did not compile."""
+        return tuple(report for report in self.programs if report.failure is not None)
+
+    def as_json(self) -> Message:
+        """As a JSON object."""
+        return {**asdict(self), "temporary_bytes": self.temporary_bytes, "code_bytes": self.code_bytes}
+
+    @classmethod
+    def from_json(cls, message: Mapping[str, Any]) -> AotReport:
+        """Undoes `as_json`."""
+        values = {setting.name: message[setting.name] for setting in fields(cls)}
+        for name in ("token_buckets", "seq_buckets"):
+            values[name] = tuple(values[name])
+        values["programs"] = tuple(
+            ProgramReport(**{**report, "collectives": tuple(Collective(**each) for each in report["collectives"])})
+            for report in values["programs"]
+        )
+        return cls(**values)
+
+
+def config_for(model: str, settings: Mapping[str, str], topology: Topology) -> ServeConfig:
+    """The configuration that serves a model on a slice: all its devices in the tensor axis unless a mesh is given.
+
+    Args:
+        model: What serve takes.
+        settings: Flags of serve as text, by setting name.
+        topology: The slice.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong.
+    """
+    mesh = {"mesh": f"tensor={topology.num_devices}"}
+    return load({**mesh, **settings, "model": model}, environ={})
+
+
+def aot_report(
+    model: str,
+    topology: Topology,
+    *,
+    settings: Mapping[str, str] | None = None,
+    wanted: tuple[Key, ...] | None = None,
+    progress: Progress | None = None,
+) -> AotReport:
+    """Compiles a model's programs for a slice.
+
+    Args:
+        model: A preset, a folder, a .gguf file or a hub id; its weights are not read.
+        topology: The slice.
+        settings: Flags of serve as text, by setting name.
+        wanted: Programs to compile; all if None.
+        progress: Told how many are done.
+
+    Raises:
+        ConfigError: The slice cannot be compiled for, or the settings cannot be served.
+        DevicelessError: The compiling process died.
+    """
+    request = {
+        "model": model,
+        "topology": str(topology),
+        "settings": dict(settings or {}),
+        "wanted": None if wanted is None else [list(key) for key in wanted],
+    }
+
+    def told(message: Message) -> None:
+        if progress is not None and "done" in message:
+            progress(f"compile for {topology}", message["done"], message["total"])
+
+    said = run_deviceless(topology, "jaxserve.launch.aot", request, on_message=told)
+    return AotReport.from_json(said)
+
+
+def describe(model: str, topology: Topology, replica: Replica) -> AotReport:
+    """The report of a replica before anything is compiled."""
+    layout = replica.layout
+    limits = replica.limits
+    return AotReport(
+        model=model,
+        topology=str(topology),
+        mesh=dict(replica.mesh.shape),
+        dtype=replica.blueprint.dtype.name,
+        kv_dtype=layout.dtype.name,
+        page_size=layout.page_size,
+        num_pages=layout.num_pages,
+        max_model_len=limits.max_model_len,
+        token_buckets=replica.buckets.tokens,
+        seq_buckets=replica.buckets.seqs,
+        weight_bytes=device_bytes(replica.abstract_params()),
+        kv_bytes=device_bytes(layout.abstract(replica.mesh)),
+        state_bytes=device_bytes(replica.abstract_sampling()),
+    )
+
+
+def compile_report(program: Program) -> ProgramReport:
+    """Compiles a program and reads what the compiler says; a failure is reported, not raised."""
+    name, bucket = program.key
+    started = time.monotonic()
+    try:
+        compiled = program.function.lower(*program.args).compile()
+    except Exception as error:  # the compiler's errors are of many types; each is a finding
+        return ProgramReport(
+            name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
+        )
+    memory = compiled.memory_analysis()
+    return ProgramReport(
+        name=name,
+        bucket=bucket,
+        compile_s=time.monotonic() - started,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        collectives=collectives(compiled.as_text()),
+    )
+
+
+def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -> Replica:
+    """A replica on a slice that is not here; in a process with the topology's environment."""
+    shape = config.mesh
+    mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor, devices=abstract_devices(topology))
+    return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.hbm_bytes)[0]
+
+
+def _respond(request: Message) -> Message:
+    topology = parse_topology(request["topology"])
+    config = config_for(request["model"], request["settings"], topology)
+    replica = abstract_replica(spec_of(request["model"]), config, topology)
+    wanted = request["wanted"]
+    # Pallas learns the chip's generation from the mesh.
+    with jax.set_mesh(replica.mesh):
+        chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
+        reports = []
+        with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+            for done, report in enumerate(pool.map(compile_report, chosen), start=1):
+                reports.append(report)
+                reply({"done": done, "total": len(chosen)})
+    message = describe(request["model"], topology, replica).as_json()
+    return {**message, "programs": [asdict(report) for report in reports]}
+
+
+if __name__ == "__main__":
+    answer(_respond)

@@ -165,7 +165,7 @@ class Softmax(NamedTuple):
     values: Array
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """Everything static about a call.
 
@@ -332,9 +332,7 @@ class Kernel:
             plgpu.barrier_wait(memory.key_ready.at[stage])
             logits = self._first_logits(memory, queries, stage)
 
-            def step(
-                index: Array, carry: tuple[Array, Array, Softmax], masked: bool
-            ) -> tuple[Array, Array, Softmax]:
+            def step(index: Array, carry: tuple[Array, Array, Softmax], masked: bool) -> tuple[Array, Array, Softmax]:
                 count, logits, state = carry
                 logits = self._scaled(logits, factor)
                 if masked:
@@ -504,8 +502,9 @@ class Kernel:
 
     def _clear(self, memory: Memory, item: Item, me: Array, index: Array, stage: Array) -> None:
         """Zeroes values past the context's end, once for both warpgroups: a weight of 0 times NaN is NaN."""
-        end = item.end - index * self.tiles.block_tokens
-        width = next(iter(w for w in (64, 48, 40, 32, 16) if self.shape.head_dim % w == 0))
+        start = index * self.tiles.block_tokens
+        end = item.end - start
+        width = self.shape.swizzle // self.shape.itemsize
 
         @pl.when(end < self.tiles.block_tokens)
         def _() -> None:
@@ -513,10 +512,14 @@ class Kernel:
             def _() -> None:
                 at = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
                 for row in range(0, self.tiles.block_tokens, ROWS):
+                    owned = at < end - row
+                    if self.config.sliding_window is not None:
+                        # The context's last page may stand in for those before the window.
+                        owned &= at > item.position - self.config.sliding_window - start - row
                     for column in range(0, self.shape.head_dim, width):
                         held = memory.values.at[stage, pl.ds(row, ROWS), pl.ds(column, width)]
                         found = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
-                        held[...] = jnp.where(at < end - row, found, jnp.zeros_like(found))
+                        held[...] = jnp.where(owned, found, jnp.zeros_like(found))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(memory.cleared)
 

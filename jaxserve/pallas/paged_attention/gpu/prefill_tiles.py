@@ -9,7 +9,7 @@ Everything is a function of static shapes, so a row is computed in the same orde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.pallas.paged_attention.gpu.tiles import NUM_SMS, RESERVED_BYTES, ROWS, SMEM_BYTES, SWIZZLE_BYTES
 
@@ -146,15 +146,19 @@ class PrefillTiles:
             raise NotImplementedError(f"blocks of {self.block_tokens} tokens do not fit pages of {shape.page_size}")
 
 
-def prefill_tiles(shape: PrefillShape) -> PrefillTiles:
+def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> PrefillTiles:
     """Chooses tiles: the largest block whose logits fit the registers, and as many stages as fit the shared memory.
 
     Args:
         shape: Static facts.
+        interpretable: See `PrefillTiles`.
     """
-    block_tokens = 128 if shape.head_dim <= 128 else 64
-    query_buffers = 2 if shape.head_dim <= 128 else 1
-    least = PrefillTiles(block_tokens=block_tokens, stages=0, query_buffers=query_buffers)
-    stage = 2 * block_tokens * shape.head_dim * shape.itemsize
-    stages = min((SMEM_BYTES - least.smem_bytes(shape)) // stage, MAX_STAGES)
-    return PrefillTiles(block_tokens=block_tokens, stages=stages, query_buffers=query_buffers)
+    small = shape.head_dim <= 128
+    tiles = PrefillTiles(
+        block_tokens=128 if small and not interpretable else 64,
+        stages=0,
+        query_buffers=2 if small else 1,
+        interpretable=interpretable,
+    )
+    stage = 2 * tiles.block_tokens * shape.head_dim * shape.itemsize
+    return replace(tiles, stages=min((SMEM_BYTES - tiles.smem_bytes(shape)) // stage, MAX_STAGES))

@@ -7,7 +7,7 @@ platform and the model and returns a `ResolvedConfig`. Both are frozen. The envi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -239,10 +239,17 @@ def _ladder(smallest: int, largest: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every setting but the model, which is the command's argument."""
+SHAPE_SETTINGS = (
+    *("mesh", "dtype", "quantization", "kv_cache_dtype", "attention", "max_model_len", "max_num_seqs"),
+    *("max_num_batched_tokens", "page_size", "num_pages", "memory_fraction"),
+)
+"""Settings that decide which programs there are and what memory they take."""
+
+
+def add_arguments(parser: argparse._ActionsContainer, only: Collection[str] | None = None) -> None:
+    """Adds a flag for every setting, or for those named, but the model, which is the command's argument."""
     for setting in fields(ServeConfig):
-        if setting.name == "model":
+        if setting.name == "model" or (only is not None and setting.name not in only):
             continue
         default = default_text(setting)
         parser.add_argument(

@@ -163,6 +163,7 @@ def aot_report(
     *,
     settings: Mapping[str, str] | None = None,
     wanted: tuple[Key, ...] | None = None,
+    largest_only: bool = False,
     progress: Progress | None = None,
 ) -> AotReport:
     """Compiles a model's programs for a slice.
@@ -172,6 +173,7 @@ def aot_report(
         topology: The slice.
         settings: Flags of serve as text, by setting name.
         wanted: Programs to compile; all if None.
+        largest_only: Of each program only its largest size, and the decoder also at the size of a full decode step.
         progress: Told how many are done.
 
     Raises:
@@ -183,6 +185,7 @@ def aot_report(
         "topology": str(topology),
         "settings": dict(settings or {}),
         "wanted": None if wanted is None else [list(key) for key in wanted],
+        "largest_only": largest_only,
     }
 
     def told(message: Message) -> None:
@@ -245,6 +248,13 @@ def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -
     return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.hbm_bytes)[0]
 
 
+def largest_keys(replica: Replica) -> list[list[object]]:
+    """Each program's largest size, and the decoder's for one token of every sequence."""
+    tokens, seqs = replica.buckets.tokens[-1], replica.buckets.seqs[-1]
+    decodes = {replica.buckets.tokens_for(seqs), tokens}
+    return [*(["decode", size] for size in decodes), ["head", seqs], ["score", tokens], ["admit", 0], ["copy_pages", 0]]
+
+
 def _respond(request: Message) -> Message:
     topology = parse_topology(request["topology"])
     config = config_for(request["model"], request["settings"], topology)
@@ -252,6 +262,8 @@ def _respond(request: Message) -> Message:
     wanted = request["wanted"]
     # Pallas learns the chip's generation from the mesh.
     with jax.set_mesh(replica.mesh):
+        if request["largest_only"]:
+            wanted = largest_keys(replica)
         chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
         reports = []
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:

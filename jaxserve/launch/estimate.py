@@ -87,14 +87,6 @@ class ServiceEstimate:
     tpot_s: float
     output_tokens_per_s: float
 
-    def tokens_per_dollar(self, dollars_per_hour: float) -> float:
-        """Output tokens for a dollar.
-
-        Args:
-            dollars_per_hour: Price of all chips together.
-        """
-        return 3600 * self.output_tokens_per_s / dollars_per_hour
-
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:

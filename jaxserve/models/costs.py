@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.params import ParamInfo
@@ -92,7 +92,7 @@ class CostModel:
     """
 
     blueprint: Blueprint
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     kv_bytes_per_token: int
     kv_heads: int
 

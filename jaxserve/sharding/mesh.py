@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxserve.core.errors import ConfigError
 
@@ -42,3 +42,8 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
         )
     grid = np.array(available[:needed]).reshape(data, expert, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices, for shapes and counts."""
+    return AbstractMesh((data, expert, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.sharding.mesh import EXPERT, TENSOR
 
@@ -26,7 +26,7 @@ MESH_AXIS_OF: Mapping[str, str] = {
 """Logical axes that are split; every other one ("layers", "embed", "head_dim", "tokens", ...) is replicated."""
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of an array whose dimensions carry these logical axes.
 
     Args:
@@ -41,7 +41,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     return PartitionSpec(*names)
 
 
-def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """`partition_spec` bound to the mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
@@ -59,7 +59,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array
     return pinned
 
 
-def kv_repeat(num_heads: int, num_kv_heads: int, mesh: Mesh) -> int:
+def kv_repeat(num_heads: int, num_kv_heads: int, mesh: Mesh | AbstractMesh) -> int:
     """How many times each KV head is repeated so that the tensor axis divides the KV heads.
 
     With more tensor shards than KV heads, each shard holds the one KV head its query heads need. If the query heads

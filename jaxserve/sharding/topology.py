@@ -93,6 +93,21 @@ class Topology:
         return self.num_chips * self.chip.devices_per_chip
 
 
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_COUNTS = ("1", "2", "4", "8")
+
+
+def slices(chip: Chip) -> list[Topology]:
+    """Slices of a chip that are rented as one, ascending: GKE's topologies up to 512 chips, the GPUs of a host."""
+    sizes = {1: _COUNTS, 2: _FLAT, 3: _DEEP}[_num_axes(chip)]
+    return [parse_topology(f"{chip.name}:{size}") for size in sizes]
+
+
+def _num_axes(chip: Chip) -> int:
+    return 1 if chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p", "tpu7x") else 2
+
+
 def parse_topology(name: str) -> Topology:
     """Reads `v6e:2x4` (v4, v5p and v7x have three axes, GPUs one number).
 
@@ -108,7 +123,7 @@ def parse_topology(name: str) -> Topology:
         )
     chip = chip_named(found["chip"])
     grid = tuple(int(side) for side in found["grid"].split("x"))
-    wanted = 1 if chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p", "tpu7x") else 2
+    wanted = _num_axes(chip)
     if len(grid) != wanted or not all(grid):
         example = {1: "8", 2: "2x4", 3: "2x2x1"}[wanted]
         raise ConfigError(f"{name!r}: a topology of {chip.title} looks like {chip.name}:{example}.", param="topology")

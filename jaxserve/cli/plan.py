@@ -1,0 +1,114 @@
+"""`jaxserve plan MODEL --topology T`: whether a model fits a slice, and how fast it is there at best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive
+from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
+
+if TYPE_CHECKING:
+    from jaxserve.cli.parsing import Commands
+    from jaxserve.launch.estimate import Workload
+
+
+def add_command(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "plan",
+        help="does a model fit a slice, and how fast is it there",
+        description="Compile a model's programs for a slice that is not here, and say what memory they take, how many "
+        "sequences fit, and the least time steps can take. Times are floors: counted work over the chip's published "
+        "rates. No weights are read. Takes the flags of serve that decide shapes.",
+        formatter_class=DefaultsFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a preset, a Hugging Face id, a folder or a .gguf file")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--topology", metavar="T", action="append", default=[], help="a slice, such as v6e:2x4; may repeat"
+    )
+    where.add_argument(
+        "--fit",
+        action="store_true",
+        help="name the smallest slice of each chip that holds model and load, by arithmetic",
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--input-len", type=positive, default=1024, metavar="N", help="tokens of a prompt")
+    load.add_argument("--output-len", type=positive, default=256, metavar="N", help="tokens generated for it")
+    load.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once, if they fit")
+    load.add_argument("--price", type=above_zero, metavar="$", help="dollars a chip costs an hour")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
+    parser.set_defaults(run=run)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The flags of serve that were given, as text by setting name."""
+    given = vars(arguments)
+    return {name: given[name] for name in SHAPE_SETTINGS if given[name] is not None}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plans; 1 if a slice that was asked for does not hold the model."""
+    from jaxserve.launch.estimate import Workload
+    from jaxserve.telemetry import logging
+
+    logging.install(level="warning")
+    workload = Workload(
+        input_len=arguments.input_len, output_len=arguments.output_len, concurrency=arguments.concurrency
+    )
+    return _fit(arguments, workload) if arguments.fit else _plan(arguments, workload)
+
+
+def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
+    from rich.console import Console
+
+    from jaxserve.launch.plan import plan
+    from jaxserve.launch.plan_report import as_json, tables
+    from jaxserve.launch.progress import ProgressDisplay
+    from jaxserve.sharding.topology import parse_topology
+
+    topologies = [parse_topology(name) for name in arguments.topology]
+    with ProgressDisplay() as progress:
+        plans = [
+            plan(
+                arguments.model,
+                topology,
+                workload,
+                settings=settings_of(arguments),
+                offline=arguments.offline,
+                progress=progress,
+            )
+            for topology in topologies
+        ]
+    if arguments.json:
+        shown = [as_json(each, arguments.price) for each in plans]
+        print(
+            json.dumps(shown[0] if len(shown) == 1 else {"fits": all(p.fits for p in plans), "plans": shown}, indent=2)
+        )
+    else:
+        console = Console()
+        for each in plans:
+            console.print(*tables(each, arguments.price), sep="\n")
+    return 0 if all(each.fits for each in plans) else 1
+
+
+def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
+    from rich.console import Console
+
+    from jaxserve.launch.plan import fit
+    from jaxserve.launch.plan_report import fit_json, fit_table
+
+    candidates = fit(arguments.model, workload, settings=settings_of(arguments), offline=arguments.offline)
+    if arguments.json:
+        print(json.dumps(fit_json(arguments.model, candidates, arguments.price), indent=2))
+    elif candidates:
+        Console().print(fit_table(arguments.model, workload, candidates, arguments.price))
+    else:
+        print(
+            f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer or shorter ones."
+        )
+    return 0 if candidates else 1

@@ -21,7 +21,7 @@ from jaxserve.models.costs import CostModel, StepShape
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.chips import CHIPS
-from jaxserve.sharding.mesh import abstract_mesh
+from jaxserve.sharding.mesh import TENSOR, abstract_mesh
 from jaxserve.sharding.rules import kv_repeat
 from jaxserve.sharding.topology import Topology, slices
 
@@ -273,7 +273,7 @@ def _plan_compiled(
     at_once = min(workload.concurrency, report.num_pages // -(-longest // report.page_size), report.seq_buckets[-1])
     fits = not report.failures and memory.total <= memory.usable and at_once > 0
     estimator = Estimator(
-        costs=_costs(spec, report.mesh["tensor"], settings),
+        costs=_costs(spec, report.mesh[TENSOR], settings),
         chip=topology.chip,
         weight_format=settings.get("quantization", report.dtype),
         chunk_tokens=report.token_buckets[-1],

@@ -87,7 +87,7 @@ def fit_json(model: str, candidates: Sequence[Candidate], price: float | None) -
             {
                 "topology": str(each.topology),
                 "chips": each.topology.num_chips,
-                "tensor": each.tensor,
+                "shards": each.tensor,
                 "replicas": each.replicas,
                 "weight_bytes": each.weight_bytes,
                 "kv_tokens": each.kv_tokens,
@@ -102,11 +102,11 @@ def fit_table(model: str, workload: Workload, candidates: Sequence[Candidate], p
     """A row for each slice that holds a model."""
     grid = Table(
         Column("slice", no_wrap=True),
-        *("chips", "tensor", "replicas", "weights, GiB"),
+        *("chips", "shards", "replicas", "weights, GiB"),
         Column("KV tokens", no_wrap=True),
         *("ttft, ms", "tpot, ms", "tok/s"),
         *(["M tok/$"] if price is not None else []),
-        title=f"{model}, {workload.concurrency} requests of {workload.input_len} + {workload.output_len} tokens, at best",
+        title=f"{model}: {workload.concurrency} x ({workload.input_len} + {workload.output_len}) tokens, at best",
         caption="By arithmetic; `jaxserve plan --topology` compiles the programs as well.",
     )
     for each in candidates:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, interpreted, select
+from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, deferred, interpreted, select
 from jaxserve.pallas.paged_attention.cache import FORMATS
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.reference import paged_attention_reference
@@ -24,7 +24,12 @@ from jaxserve.quant.bits import format_of
 __all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "Target", "paged_attention"]
 
 BACKENDS: Mapping[Backend, Callable[..., tuple[Array, Array]]] = MappingProxyType(
-    {Backend.REFERENCE: paged_attention_reference, Backend.XLA: paged_attention_xla}
+    {
+        Backend.REFERENCE: paged_attention_reference,
+        Backend.XLA: paged_attention_xla,
+        Backend.TPU: deferred("paged_attention.tpu.op", "paged_attention_tpu"),
+        Backend.GPU: deferred("paged_attention.gpu.op", "paged_attention_gpu"),
+    }
 )
 
 

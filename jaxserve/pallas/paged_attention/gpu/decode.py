@@ -414,9 +414,14 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+    # Hardware fills rows past the end with zeros; only the box must fit the array. The interpreter allows neither.
+    queries = q.reshape(-1, shape.head_dim)
+    margin = shape.padded_group - (0 if tiles.interpretable else queries.shape[0])
+    if margin > 0:
+        queries = jnp.pad(queries, ((0, margin), (0, 0)))
     factor = jnp.float32(scale) if layer.k_scale is None else scale * layer.k_scale
     values, peaks, totals = run(
-        q.reshape(-1, shape.head_dim),
+        queries,
         kv_pages,
         batch.context_lens,
         batch.num_decodes[None],

@@ -1,0 +1,50 @@
+"""Paged attention on Hopper GPUs: the new keys and values into their pages, then the decodes, then the chunks.
+
+Each kind of sequence has its kernel. Rows of decodes are the first ones of the batch, so their result comes as the
+leading rows of the output, zeros elsewhere; the chunks' kernel fills its rows in.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxserve.pallas.paged_attention.cache import write_pages
+from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+
+COMPUTE_CAPABILITY = "9.0"
+"""The chips that have wgmma: H100, H200, GH200."""
+
+
+def paged_attention_gpu(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
+    batch: RaggedBatch,
+    layer: AttentionLayer,
+    *,
+    config: AttentionConfig,
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
+    """See `api.paged_attention`."""
+    _check_chip()
+    # Imported here, for Mosaic GPU takes a while that no other start should pay.
+    from jaxserve.pallas.paged_attention.gpu.decode import attend_decodes
+    from jaxserve.pallas.paged_attention.gpu.prefill import attend_chunks
+
+    kv_pages = write_pages(k, v, kv_pages, batch, layer)
+    with jax.named_scope("decode"):
+        decoded = attend_decodes(q, kv_pages, batch, layer, config)
+    out = jnp.pad(decoded, ((0, q.shape[0] - decoded.shape[0]), (0, 0), (0, 0)))
+    with jax.named_scope("prefill"):
+        return attend_chunks(q, kv_pages, batch, layer, config, out), kv_pages
+
+
+def _check_chip() -> None:
+    """Refuses GPUs that are there and are not Hopper's; without any, the program is for another machine."""
+    if jax.default_backend() != "gpu":
+        return
+    found = str(jax.local_devices()[0].compute_capability)
+    if found != COMPUTE_CAPABILITY:
+        raise NotImplementedError(f"the kernel needs compute capability {COMPUTE_CAPABILITY}, not {found}")

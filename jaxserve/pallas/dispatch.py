@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -99,6 +100,20 @@ def select(op: str, backends: Mapping[Backend, Callable[P, R]], target: Target =
             except NotImplementedError as error:
                 logger.warning("%s: backend %s cannot do this (%s); using %s", op, backend, error, following)
         return backends[candidates[-1]](*args, **kwargs)
+
+    return call
+
+
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """A backend that is imported when it is first called: kernels bring their compilers, which no other start pays for.
+
+    Args:
+        module: Where it is, within `jaxserve.pallas`.
+        function: Its name there.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - stands for a function of any signature
+        return vars(import_module(f"jaxserve.pallas.{module}"))[function](*args, **kwargs)
 
     return call
 

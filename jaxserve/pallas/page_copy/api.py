@@ -14,17 +14,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
-from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, interpreted, select
-from jaxserve.pallas.page_copy.gpu import copy_gpu
+from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, deferred, interpreted, select
 from jaxserve.pallas.page_copy.moves import CopyLayout, PagePairs, Rows
 from jaxserve.pallas.page_copy.reference import copy_reference
-from jaxserve.pallas.page_copy.tpu import copy_tpu
 from jaxserve.pallas.page_copy.xla import copy_xla
 
 __all__ = ["BACKENDS", "Target", "copy_pages", "gather_pages", "scatter_pages"]
 
 BACKENDS: Mapping[Backend, Callable[..., Array]] = MappingProxyType(
-    {Backend.REFERENCE: copy_reference, Backend.XLA: copy_xla, Backend.TPU: copy_tpu, Backend.GPU: copy_gpu}
+    {
+        Backend.REFERENCE: copy_reference,
+        Backend.XLA: copy_xla,
+        Backend.TPU: deferred("page_copy.tpu", "copy_tpu"),
+        Backend.GPU: deferred("page_copy.gpu", "copy_gpu"),
+    }
 )
 
 

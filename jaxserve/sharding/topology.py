@@ -157,7 +157,7 @@ def require_compiler(topology: Topology) -> None:
                 f"Compiling for {topology} needs libtpu; install it with `pip install 'jaxserve[tpu]'`.",
                 param="topology",
             )
-    elif find_spec("jax_plugins.xla_cuda13") is None:
+    elif find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
         raise ConfigError(
             f"Compiling for {topology} needs JAX's CUDA plugin; install it with `pip install 'jaxserve[gpu]'`.",
             param="topology",

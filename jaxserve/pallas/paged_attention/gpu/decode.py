@@ -317,7 +317,7 @@ def _logits(plan: Plan, refs: Refs, worker: Worker, item: Item, begin: Scalar, s
     def multiply(acc: Ref) -> Block:
         # Opaque, lest the descriptors of all of the queries' tiles be kept in registers over the loop.
         own = lax.optimization_barrier(worker.place)
-        plgpu.wgmma(acc, refs.queries.at[own], plgpu.transpose_ref(refs.ring.at[slot], (1, 0)))
+        plgpu.wgmma(acc, refs.queries.at[own], refs.ring.at[slot].transpose((1, 0)))
         product: Block = acc[...]
         return product
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -61,13 +62,17 @@ class Refs(NamedTuple):
     # VMEM: rows of all heads, float32; KV rows of all heads, float32, or None
     stage: Ref
     kv_stage: Ref | None
-    # VMEM, by KV head: [K, rows, H], [K, tile, H] twice, float32 [K, rows, 128] twice and [K, rows, H]
-    q: Ref
+    # VMEM, keys and values by KV head
     k: Ref
     v: Ref
+    # VMEM, rows by block and KV head, with one more unit: queries, and the running softmax in float32
+    q: Ref
     peak: Ref
     total: Ref
     acc: Ref
+    # VMEM, two units in flight: logits and maximum
+    logits: Ref
+    peaks: Ref
     queries_done: Ref
     kv_done: Ref
     out_done: Ref
@@ -182,10 +187,11 @@ def _sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
 
 def _scratch(plan: Plan) -> list[Any]:
     g = plan.geometry
-    heads, rows, tile, lanes = g.num_kv_heads, g.tile_rows, g.tile_tokens, g.lanes
+    heads, tile, lanes = g.num_kv_heads, g.tile_tokens, g.lanes
+    rows = (g.num_units + 1) * g.block_rows
     chunks = lanes // LANES
     kv_stage = [] if plan.words else [pltpu.VMEM((chunks, tile * g.kv_stride, LANES), jnp.float32)]
-    kv = (chunks, heads * tile // 2, LANES) if plan.words else (heads, tile, lanes)
+    kv = (chunks, heads * g.word_stride, LANES) if plan.words else (heads, tile, lanes)
     kv_dtype = jnp.dtype(jnp.uint32) if plan.words else g.dtype
     tokens = (g.tiles.query_tokens, g.num_heads, g.head_dim)
     return [
@@ -194,12 +200,14 @@ def _scratch(plan: Plan) -> list[Any]:
         pltpu.VMEM(tokens, g.query_dtype),
         pltpu.VMEM((chunks, g.tiles.query_tokens * g.head_stride, LANES), jnp.float32),
         *kv_stage,
-        pltpu.VMEM((heads, rows, lanes), g.dtype),
         pltpu.VMEM(kv, kv_dtype),
         pltpu.VMEM(kv, kv_dtype),
-        pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        pltpu.VMEM((heads, rows, lanes), jnp.float32),
+        pltpu.VMEM((rows, lanes), g.dtype),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, lanes), jnp.float32),
+        pltpu.VMEM((2, g.block_rows, tile), jnp.float32),
+        pltpu.VMEM((2, g.block_rows, LANES), jnp.float32),
         pltpu.SemaphoreType.DMA,
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,
@@ -378,7 +386,8 @@ def _load_queries(plan: Plan, refs: Refs, item: Item) -> None:
     g = plan.geometry
     block, stride = g.tiles.block_tokens, g.head_stride
     _copy_queries(refs, item).wait()
-    num_blocks = pl.cdiv(item.tokens, block)
+    num_blocks, groups = pl.cdiv(item.tokens, block), g.num_heads // g.heads_at_once
+    total = 0.0 if refs.sinks is None else 1.0 if g.tiles.sum_by_matmul else 1 / LANES
 
     def spread(i: Scalar, _: None) -> None:
         for u in range(8):
@@ -386,25 +395,25 @@ def _load_queries(plan: Plan, refs: Refs, item: Item) -> None:
             row = refs.raw_queries[t].astype(jnp.float32) * refs.factors[0]
             for c in range(g.lanes // LANES):
                 part = row[:, c * LANES : (c + 1) * LANES]
-                refs.stage[c, pl.ds(pl.multiple_of(t * stride, 8), g.num_heads), : part.shape[1]] = part
+                refs.stage[c, pl.ds(t * stride, g.num_heads), : part.shape[1]] = part
 
     jax.lax.fori_loop(0, num_blocks * (block // 8), spread, None)
 
     def gather(i: Scalar, _: None) -> None:
-        r, n = i // g.num_heads, jax.lax.rem(i, g.num_heads)
-        h, rows = n // g.group, pl.ds(_aligned(r * g.block_rows + jax.lax.rem(n, g.group) * block, 16), block)
-        for c in range(g.lanes // LANES):
-            part = refs.stage[c, pl.ds(r * (block * stride) + n, block, stride=stride), :]
-            refs.q[h, rows, c * LANES : (c + 1) * LANES] = _within(g, c, part).astype(g.dtype)
-        if refs.sinks is None:
-            refs.peak[h, rows, :] = jnp.full((block, LANES), START, jnp.float32)
-            refs.total[h, rows, :] = jnp.zeros((block, LANES), jnp.float32)
-        else:
-            refs.peak[h, rows, :] = jnp.broadcast_to(refs.sinks[pl.ds(n, 1), :], (block, LANES))
-            refs.total[h, rows, :] = jnp.full((block, LANES), 1 / LANES, jnp.float32)
-        refs.acc[h, rows, :] = jnp.zeros((block, g.lanes), jnp.float32)
+        r, n = i // groups, jax.lax.rem(i, groups) * g.heads_at_once
+        for u in range(g.heads_at_once):
+            rows = pl.ds(_aligned((r * g.num_heads + n + u) * block, 16), block)
+            for c in range(g.lanes // LANES):
+                part = refs.stage[c, pl.ds(r * (block * stride) + n + u, block, stride=stride), :]
+                refs.q[rows, c * LANES : (c + 1) * LANES] = _within(g, c, part).astype(g.dtype)
+            if refs.sinks is not None:
+                refs.peak[rows, :] = jnp.broadcast_to(refs.sinks[pl.ds(n + u, 1), :], (block, LANES))
+            else:
+                refs.peak[rows, :] = jnp.full((block, LANES), START, jnp.float32)
+            refs.total[rows, :] = jnp.full((block, LANES), total, jnp.float32)
+            refs.acc[rows, :] = jnp.zeros((block, g.lanes), jnp.float32)
 
-    jax.lax.fori_loop(0, num_blocks * g.num_heads, gather, None)
+    jax.lax.fori_loop(0, num_blocks * groups, gather, None)
 
 
 def _within(g: Geometry, c: int, x: Array) -> Array:
@@ -439,7 +448,7 @@ def _unpack(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None
             row = refs.raw_kv[slot, t].astype(jnp.float32)
             for c in range(g.lanes // LANES):
                 part = row[:, c * LANES : (c + 1) * LANES]
-                stage[c, pl.ds(pl.multiple_of(t * g.kv_stride, 8), 2 * g.num_kv_heads), : part.shape[1]] = part
+                stage[c, pl.ds(t * g.kv_stride, 2 * g.num_kv_heads), : part.shape[1]] = part
 
     jax.lax.fori_loop(0, g.tile_tokens // 8, spread, None)
     place = jax.lax.broadcasted_iota(jnp.int32, (g.tile_tokens, LANES), 0)
@@ -461,20 +470,27 @@ def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scala
     g = plan.geometry
     lower, upper = jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000)
 
-    def pair(i: Scalar, _: None) -> None:
+    def pairs(i: Scalar, _: None, *, edge: bool) -> None:
         for u in range(8):
             t = i * 16 + 2 * u
             a = pltpu.bitcast(refs.raw_kv[slot, t].astype(jnp.bfloat16), jnp.uint32)
             b = pltpu.bitcast(refs.raw_kv[slot, t + 1].astype(jnp.bfloat16), jnp.uint32)
-            keep_a = jnp.where((t >= low) & (t < high), lower, jnp.uint32(0))
-            keep_b = jnp.where((t + 1 >= low) & (t + 1 < high), upper, jnp.uint32(0))
-            keys, values = (a & lower) | (b << 16), ((a >> 16) & keep_a) | (b & keep_b)
-            rows = pl.ds(i * 8 + u, g.num_kv_heads, stride=g.tile_tokens // 2)
+            keys, values = (a & lower) | (b << 16), (a >> 16) | (b & upper)
+            if edge:
+                keep_a = jnp.where((t >= low) & (t < high), lower, jnp.uint32(0))
+                keep_b = jnp.where((t + 1 >= low) & (t + 1 < high), upper, jnp.uint32(0))
+                values = values & (keep_a | keep_b)
+            rows = pl.ds(i * 8 + u, g.num_kv_heads, stride=g.word_stride)
             for c in range(g.lanes // LANES):
                 refs.k[c, rows, :] = keys[:, c * LANES : (c + 1) * LANES]
                 refs.v[c, rows, :] = values[:, c * LANES : (c + 1) * LANES]
 
-    jax.lax.fori_loop(0, g.tile_tokens // 16, pair, None)
+    is_edge = (low > 0) | (high < g.tile_tokens)
+    for edge in (False, True):
+
+        @pl.when(is_edge == edge)
+        def _(edge: bool = edge) -> None:
+            jax.lax.fori_loop(0, g.tile_tokens // 16, functools.partial(pairs, edge=edge), None)
 
 
 def _keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
@@ -483,8 +499,7 @@ def _keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
     if not plan.words:
         whole: Array = ref[h]
         return whole
-    half = g.tile_tokens // 2
-    rows = pl.ds(_aligned(h * half, 8), half)
+    rows = pl.ds(h * g.word_stride, g.tile_tokens // 2)
     return jnp.concatenate([pltpu.bitcast(ref[c, rows, :], jnp.bfloat16) for c in range(g.lanes // LANES)], axis=1)
 
 
@@ -495,7 +510,7 @@ def _attend_tile(plan: Plan, refs: Refs, item: Item, j: Scalar) -> None:
     end) a part and the rest nothing.
     """
     g = plan.geometry
-    block = g.tiles.block_tokens
+    block, heads = g.tiles.block_tokens, g.num_kv_heads
     num_blocks = pl.cdiv(item.tokens, block)
     ahead = j * g.tile_tokens - item.position
     seen = jnp.minimum(jnp.maximum(ahead, 0) // block, num_blocks)
@@ -505,68 +520,92 @@ def _attend_tile(plan: Plan, refs: Refs, item: Item, j: Scalar) -> None:
         until = ahead + plan.config.sliding_window
         fading = jnp.clip(pl.cdiv(jnp.maximum(until - block + 1, 0), block), whole, num_blocks)
         end = jnp.clip(pl.cdiv(jnp.maximum(until + g.tile_tokens - 1, 0), block), fading, num_blocks)
-    num_groups = g.num_kv_heads // g.tiles.heads
+    num_before = (whole - seen) * heads
 
-    def full(i: Scalar, _: None) -> None:
-        _attend(plan, refs, whole + i // num_groups, jax.lax.rem(i, num_groups), None)
+    def full(i: Scalar) -> Scalar:
+        return whole * heads + i
 
-    def partial(i: Scalar, _: None) -> None:
-        at = i // num_groups
-        r = jnp.where(at < whole - seen, seen + at, fading + at - (whole - seen))
-        _attend(plan, refs, r, jax.lax.rem(i, num_groups), ahead - r * block)
+    def partial(i: Scalar) -> Scalar:
+        return jnp.where(i < num_before, seen * heads + i, fading * heads + i - num_before)
 
-    jax.lax.fori_loop(0, (fading - whole) * num_groups, full, None)
-    jax.lax.fori_loop(0, (whole - seen + end - fading) * num_groups, partial, None)
+    _attend_units(plan, refs, full, (fading - whole) * heads, None)
+    _attend_units(plan, refs, partial, num_before + (end - fading) * heads, ahead)
 
 
-def _attend(plan: Plan, refs: Refs, r: Scalar, head_group: Scalar, ahead: Scalar | None) -> None:
-    """One block of rows, a group of KV heads and one KV tile.
+def _attend_units(
+    plan: Plan, refs: Refs, unit_at: Callable[[Scalar], Scalar], num_units: Scalar, ahead: Scalar | None
+) -> None:
+    """Attends to the present KV tile, a unit (block of rows, KV head) a step.
+
+    A step takes the logits of one unit, and the softmax and the values of the unit before it, so that the matrix unit
+    has work that does not wait for the vector unit. What comes after the last unit is one that nobody reads.
 
     Args:
         plan: What is static.
         refs: Everything.
-        r: The block.
-        head_group: The heads.
-        ahead: How far the tile's first token is past the block's first; None if every row sees the whole tile.
+        unit_at: The units, by their number in this run.
+        num_units: How many.
+        ahead: How far the tile's first token is past the item's first; None if every row sees the whole tile.
     """
     g = plan.geometry
-    rows = pl.ds(_aligned(r * g.block_rows, 16), g.block_rows)
-    heads = [head_group * g.tiles.heads + u for u in range(g.tiles.heads)]
+    nobody = jnp.int32(g.num_units)
+
+    def unit(i: Scalar) -> Scalar:
+        return jnp.where(i < num_units, unit_at(i), nobody)
+
+    def steps(i: Scalar, _: None) -> None:
+        for u in range(g.tiles.unroll):
+            at = i * g.tiles.unroll + u
+            _score(plan, refs, unit(at + 1), (u + 1) % 2, ahead)
+            _weigh(plan, refs, unit(at), u % 2)
+
+    @pl.when(num_units > 0)
+    def _() -> None:
+        _score(plan, refs, unit(jnp.int32(0)), 0, ahead)
+        jax.lax.fori_loop(0, pl.cdiv(num_units, g.tiles.unroll), steps, None)
+
+
+def _rows(g: Geometry, unit: Scalar) -> Any:
+    return pl.ds(_aligned(unit * g.block_rows, 16), g.block_rows)
+
+
+def _score(plan: Plan, refs: Refs, unit: Scalar, slot: int, ahead: Scalar | None) -> None:
+    """Logits of a unit, and the maximum so far."""
+    g = plan.geometry
+    rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
+    x = _matmul(g, refs.q[rows, :], _keys_or_values(plan, refs.k, h), 1)
+    if plan.config.soft_cap is not None:
+        x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
+    if ahead is not None:
+        x = jnp.where(_visible(plan, ahead - unit // g.num_kv_heads * g.tiles.block_tokens), x, -jnp.inf)
+    refs.logits[slot] = x
+    before = refs.peak[rows, :]
+    refs.peaks[slot] = jnp.maximum(before, jnp.broadcast_to(jnp.max(x, axis=1, keepdims=True), before.shape))
+
+
+def _weigh(plan: Plan, refs: Refs, unit: Scalar, slot: int) -> None:
+    """Weights of a unit, and the values that they weigh added to what earlier tiles gave."""
+    g = plan.geometry
+    rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
+    peak = refs.peaks[slot]
+    decay = jnp.exp2(refs.peak[rows, :] - peak)
+    refs.peak[rows, :] = peak
+    weights = [jnp.exp2(refs.logits[slot, :, c : c + LANES] - peak) for c in range(0, g.tile_tokens, LANES)]
+    values = _keys_or_values(plan, refs.v, h)
+    if g.tiles.sum_by_matmul:
+        values = jnp.concatenate([values, jnp.ones((g.tile_tokens, LANES), g.dtype)], axis=1)
+    added = _matmul(g, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
+    total = added[:, g.lanes :] if g.tiles.sum_by_matmul else functools.reduce(jnp.add, weights)
+    refs.total[rows, :] = refs.total[rows, :] * decay + total
+    wide = jnp.concatenate([decay] * (g.lanes // LANES), axis=1)
+    refs.acc[rows, :] = refs.acc[rows, :] * wide + added[:, : g.lanes]
+
+
+def _matmul(g: Geometry, a: Array, b: Array, contracted: int) -> Array:
+    """The product over a's columns and dimension `contracted` of b, summed in float32."""
     precision = jax.lax.Precision.HIGHEST if g.dtype == jnp.float32 else None
-    visible = None if ahead is None else _visible(plan, ahead)
-
-    def logits(h: Scalar) -> Array:
-        x = jax.lax.dot_general(
-            refs.q[h, rows, :],
-            _keys_or_values(plan, refs.k, h),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=precision,
-        )
-        if plan.config.soft_cap is not None:
-            x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
-        return x if visible is None else jnp.where(visible, x, -jnp.inf)
-
-    for h in heads:
-        x = logits(h)
-        before = refs.peak[h, rows, :]
-        peak = jnp.maximum(before, jnp.broadcast_to(jnp.max(x, axis=1, keepdims=True), before.shape))
-        weights = [jnp.exp2(x[:, c : c + LANES] - peak) for c in range(0, g.tile_tokens, LANES)]
-        decay = jnp.exp2(before - peak)
-        refs.peak[h, rows, :] = peak
-        refs.total[h, rows, :] = refs.total[h, rows, :] * decay + functools.reduce(jnp.add, weights)
-        added = jax.lax.dot_general(
-            jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1),
-            _keys_or_values(plan, refs.v, h),
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=precision,
-        )
-        refs.acc[h, rows, :] = refs.acc[h, rows, :] * _widen(decay, g.lanes) + added
-
-
-def _widen(x: Array, lanes: int) -> Array:
-    return jnp.concatenate([x] * (lanes // LANES), axis=1)
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)
 
 
 def _visible(plan: Plan, ahead: Scalar) -> Array:
@@ -583,17 +622,20 @@ def _visible(plan: Plan, ahead: Scalar) -> Array:
 def _divide(plan: Plan, refs: Refs, item: Item) -> None:
     """Divides by the sums and puts the item's rows in order by token."""
     g = plan.geometry
-    block, stride = g.tiles.block_tokens, g.head_stride
+    block, stride, groups = g.tiles.block_tokens, g.head_stride, g.num_heads // g.heads_at_once
 
     def scatter(i: Scalar, _: None) -> None:
-        r, n = i // g.num_heads, jax.lax.rem(i, g.num_heads)
-        h, rows = n // g.group, pl.ds(_aligned(r * g.block_rows + jax.lax.rem(n, g.group) * block, 16), block)
-        factor = refs.factors[1] / jnp.sum(refs.total[h, rows, :], axis=1, keepdims=True)
-        for c in range(g.lanes // LANES):
-            part = refs.acc[h, rows, c * LANES : (c + 1) * LANES] * factor
-            refs.stage[c, pl.ds(r * (block * stride) + n, block, stride=stride), :] = part
+        r, n = i // groups, jax.lax.rem(i, groups) * g.heads_at_once
+        for u in range(g.heads_at_once):
+            rows = pl.ds(_aligned((r * g.num_heads + n + u) * block, 16), block)
+            total = refs.total[rows, :]
+            if not g.tiles.sum_by_matmul:
+                total = jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
+            for c in range(g.lanes // LANES):
+                part = refs.acc[rows, c * LANES : (c + 1) * LANES] * (refs.factors[1] / total)
+                refs.stage[c, pl.ds(r * (block * stride) + n + u, block, stride=stride), :] = part
 
-    jax.lax.fori_loop(0, pl.cdiv(item.tokens, block) * g.num_heads, scatter, None)
+    jax.lax.fori_loop(0, pl.cdiv(item.tokens, block) * groups, scatter, None)
 
 
 def _store(plan: Plan, refs: Refs, item: Item) -> None:
@@ -603,7 +645,7 @@ def _store(plan: Plan, refs: Refs, item: Item) -> None:
     def collect(i: Scalar, _: None) -> None:
         for u in range(8):
             t = i * 8 + u
-            at = pl.ds(pl.multiple_of(t * g.head_stride, 8), g.num_heads)
+            at = pl.ds(t * g.head_stride, g.num_heads)
             parts = [refs.stage[c, at, : min(LANES, g.head_dim - c * LANES)] for c in range(g.lanes // LANES)]
             refs.raw_out[t] = jnp.concatenate(parts, axis=1).astype(g.query_dtype)
 

@@ -27,13 +27,15 @@ class PrefillTiles:
         query_tokens: New tokens whose queries are held in VMEM at a time; a multiple of block_tokens.
         block_tokens: Tokens of a block of rows; a power of two, at least 16.
         pages: Pages of a KV tile.
-        heads: KV heads worked on side by side, so that one's matmuls hide the other's softmax; divides their number.
+        unroll: Steps of the main loop's body, even; a step's matmuls hide another's softmax.
+        sum_by_matmul: Whether the matmul with the values also sums the weights, in columns that are empty otherwise.
     """
 
     query_tokens: int
     block_tokens: int
     pages: int
-    heads: int
+    unroll: int
+    sum_by_matmul: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +81,14 @@ class Geometry:
         return self.tiles.block_tokens * self.group
 
     @property
-    def tile_rows(self) -> int:
-        """Rows of a query tile for one KV head."""
-        return self.tiles.query_tokens * self.group
+    def num_units(self) -> int:
+        """Blocks of rows of all KV heads in a query tile."""
+        return self.tiles.query_tokens // self.tiles.block_tokens * self.num_kv_heads
+
+    @property
+    def heads_at_once(self) -> int:
+        """Query heads that are put in order by one iteration."""
+        return next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if self.num_heads % n == 0)
 
     @property
     def tile_tokens(self) -> int:
@@ -91,12 +98,22 @@ class Geometry:
     @property
     def head_stride(self) -> int:
         """Rows from one token to the next where queries and outputs of all heads are staged."""
-        return _round_up(self.num_heads, SUBLANES)
+        return _odd(self.num_heads)
 
     @property
     def kv_stride(self) -> int:
         """Rows from one token to the next where keys and values of all heads are staged."""
-        return _round_up(2 * self.num_kv_heads, SUBLANES)
+        return _odd(2 * self.num_kv_heads)
+
+    @property
+    def word_stride(self) -> int:
+        """Rows from one KV head to the next where two tokens' keys, or values, are one word."""
+        return _odd(self.tile_tokens // 2)
+
+
+def _odd(x: int) -> int:
+    """The next odd number: rows so far apart lie in different banks of VMEM, and eight of them are one access."""
+    return x | 1
 
 
 def _round_up(x: int, multiple: int) -> int:

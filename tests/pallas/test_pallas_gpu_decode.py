@@ -185,7 +185,7 @@ def test_compiles_for_a_chip_that_is_not_here_without_spills(tmp_path: Path) -> 
             for line in report.splitlines()
             if "spill stores" in line
         ]
-        assert max(spilled) <= 16, report
+        assert not any(spilled), report
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -290,12 +290,14 @@ def _compute(plan: Plan, refs: Refs, worker: Worker, i: Scalar, count: Scalar) -
         fade = jnp.exp2(sums.peak - peak)
         weights = jnp.exp2(logits - lax.broadcast_in_dim(peak, logits.shape, [0]))
         total = sums.total * fade + weights.sum(axis=1)
+        # In this order, for registers: weights are narrowed before the sum is touched.
+        weights, total, fade = lax.optimization_barrier((weights.astype(plan.dtype), total, fade))
         faded = sums.values * lax.broadcast_in_dim(fade, sums.values.shape, [0])
 
         slot = plan.slot(worker.place, count + 1)
         plgpu.barrier_wait(refs.full.at[slot])
         _clear_unseen(refs, item, begin, slot)
-        values = _add_values(plan, refs, worker, weights.astype(plan.dtype), faded, slot)
+        values = _add_values(plan, refs, worker, weights, faded, slot)
         plgpu.barrier_arrive(refs.empty.at[slot])
         return count + 2, Sums(values, peak, total)
 

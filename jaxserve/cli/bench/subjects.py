@@ -1,4 +1,4 @@
-"""`jaxserve bench WHAT`: measure a server from outside, or a part of the engine.
+"""`jaxserve bench WHAT`: measure a server from outside, a part of the engine, or kernels.
 
 One module a subject, as with commands.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.bench import engine, serve, step
+from jaxserve.cli.bench import engine, kernels, serve, step
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_command(commands: Commands) -> None:
     """Adds the command and what it can measure."""
-    parser = commands.add_parser("bench", help="measure a server or the engine", description="Measure.")
+    parser = commands.add_parser("bench", help="measure a server, the engine or kernels", description="Measure.")
     subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    for subject in (serve, engine, step):
+    for subject in (serve, engine, step, kernels):
         subject.add_command(subjects)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,23 +100,24 @@ class AttentionShape:
         }
 
     def batch(self, rng: np.random.Generator) -> RaggedBatch:
-        """The batch, its pages scattered over the pool, in numpy arrays."""
+        """The batch, its pages scattered over the pool; numpy arrays, for a jitted function."""
         seqs, new = self.num_seqs, self.query_tokens
         table = rng.permutation(self.num_pages).astype(np.int32).reshape(seqs, self.pages_per_seq)
-        arrays = {
+        arrays: dict[str, Any] = {
             "page_table": table,
             "context_lens": np.full(seqs, self.context, np.int32),
             "query_starts": np.arange(seqs + 1, dtype=np.int32) * new,
-            "num_seqs": np.int32(seqs),
-            "num_decodes": np.int32(seqs if self.is_decode else 0),
+            "num_seqs": np.array(seqs, np.int32),
+            "num_decodes": np.array(seqs if self.is_decode else 0, np.int32),
             "positions": np.tile(np.arange(self.context - new, self.context, dtype=np.int32), seqs),
             "token_seq": np.repeat(np.arange(seqs, dtype=np.int32), new),
         }
-        return RaggedBatch(**{name: jnp.asarray(value) for name, value in arrays.items()})
+        return RaggedBatch(**arrays)
 
     def layer(self) -> AttentionLayer:
         """The pool's only layer, its values unscaled."""
-        return AttentionLayer(page_offset=jnp.int32(0))
+        first: Any = np.zeros((), np.int32)
+        return AttentionLayer(page_offset=first)
 
 
 def _decode(num_heads: int, num_kv_heads: int, page_size: int, *, num_seqs: int, context: int) -> AttentionShape:

@@ -1,0 +1,53 @@
+"""Compiles one attention kernel for a chip that is not here: `python -m`, in the environment of `run_deviceless`.
+
+Reads the request (kernel, problem, topology) from standard input and answers on standard output; libtpu meanwhile
+dumps the kernel's schedule where the environment says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+
+from jaxserve.bench.kernel_programs import lower
+from jaxserve.pallas.paged_attention.shapes import AttentionShape
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import replicated
+from jaxserve.sharding.topology import abstract_devices, parse_topology
+
+
+def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
+    """Compiles what was asked for.
+
+    Args:
+        request: `kernel`, `shape` (fields of an AttentionShape), `topology`.
+    """
+    topology = parse_topology(request["topology"])
+    mesh = make_mesh(devices=abstract_devices(topology)[:1])
+    # Pallas asks the current mesh for the TPU's generation.
+    jax.set_mesh(mesh)
+    shape = AttentionShape(**request["shape"])
+    program = lower(request["kernel"], shape, topology.chip, replicated(mesh))
+    started = time.monotonic()
+    compiled = program.lowered.compile()
+    seconds = time.monotonic() - started
+    return {
+        **asdict(replace(program, lowered=None)),
+        "compile_s": seconds,
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main() -> None:
+    """Answers the request on standard input."""
+    json.dump(compile_kernel(json.load(sys.stdin)), sys.stdout)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

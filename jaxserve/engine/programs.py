@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Shaped
 
@@ -90,7 +91,10 @@ class Replica:
             stacked = info.axes[0] == STACK
             dtype = storage_dtype(info.dtype.name, platform) if stacked else info.dtype
             sharding = sharding_for(info.axes, info.shape, self.mesh)
-            structs[path] = jax.ShapeDtypeStruct(info.shape, dtype, sharding=sharding)
+            # On a TPU any other order would be changed to this one in every layer of every step.
+            order = info.order if platform == "tpu" else None
+            place = sharding if order is None else Format(Layout(order), sharding)
+            structs[path] = jax.ShapeDtypeStruct(info.shape, dtype, sharding=place)
         return structs
 
     def hold(self, params: Mapping[str, Array]) -> dict[str, Array]:
@@ -100,6 +104,8 @@ class Replica:
             value = params[path]
             if value.dtype != struct.dtype:
                 value = jax.jit(partial(to_storage, dtype=struct.dtype), donate_argnums=0)(value)
+            if isinstance(struct.format.layout, Layout):
+                value = jax.device_put(value, struct.format, donate=True)
             held[path] = value
         return held
 
@@ -220,6 +226,7 @@ def programs(replica: Replica) -> list[Program]:
     """
     whole = replicated(replica.mesh)
     params, pool = replica.abstract_params(), replica.layout.abstract(replica.mesh)
+    held = replica.layout.format(replica.mesh)
     state = replica.abstract_sampling()
     blueprint, buckets = replica.blueprint, replica.buckets
     width = blueprint.spec.hidden_size
@@ -235,7 +242,7 @@ def programs(replica: Replica) -> list[Program]:
         result.append(Program(key=("head", size), function=function, args=(params, state, last, packed)))
     for size in buckets.tokens:
         inputs = StepInput(packed=packed, page_table=array(buckets.rows_for(size), replica.pages_per_seq))
-        function = _jit(partial(decode, blueprint=blueprint, num_tokens=size), donate=(1,), out=(pool.sharding, whole))
+        function = _jit(partial(decode, blueprint=blueprint, num_tokens=size), donate=(1,), out=(held, whole))
         result.append(Program(key=("decode", size), function=function, args=(params, pool, state.history, inputs)))
     for size in buckets.tokens:
         hidden = array(size, width, dtype=blueprint.dtype)
@@ -245,7 +252,7 @@ def programs(replica: Replica) -> list[Program]:
     result.append(Program(key=("admit", 0), function=_jit(admit, donate=(0,), out=whole), args=(state, array(), row)))
     copies = array(COPY_BATCH)
     copy = partial(copy_pages, num_layers=replica.layout.num_layers, mesh=replica.mesh)
-    function = _jit(copy, donate=(0,), out=pool.sharding)
+    function = _jit(copy, donate=(0,), out=held)
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     return result
 

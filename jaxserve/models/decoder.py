@@ -172,10 +172,13 @@ class Blueprint:
         """Every parameter by its path: shape, dtype and logical axes."""
         infos = {}
         for path, variable in nnx.to_flat_state(self.state):
-            value, axes = variable.get_value(), variable.get_metadata()["axes"]
-            stacked = path[0] == STACK
+            value, metadata = variable.get_value(), variable.get_metadata()
+            axes, order = metadata["axes"], metadata["order"]
+            if path[0] == STACK:
+                axes = (STACK, *axes)
+                order = None if order is None else (0, *(dim + 1 for dim in order))
             infos[_join(path)] = ParamInfo(
-                shape=tuple(value.shape), dtype=jnp.dtype(value.dtype), axes=(STACK, *axes) if stacked else axes
+                shape=tuple(value.shape), dtype=jnp.dtype(value.dtype), axes=axes, order=order
             )
         return infos
 

@@ -20,11 +20,13 @@ class ParamInfo:
         shape: Global shape.
         dtype: Element type it is served in.
         axes: One logical axis name (see `sharding/rules`) a dimension; None is never sharded.
+        order: Dimensions from major to minor as a matrix unit wants them in memory; None if any order does.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: tuple[str | None, ...]
+    order: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -32,9 +32,18 @@ class Numerics:
     quantization: str | None
 
 
-def param(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[Array]:
-    """Declares a parameter; models are only ever built abstractly, so the zeros never exist."""
-    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+def param(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype, order: tuple[int, ...] | None = None
+) -> nnx.Param[Array]:
+    """Declares a parameter; models are only ever built abstractly, so the zeros never exist.
+
+    Args:
+        shape: Its shape.
+        axes: Its logical axes.
+        dtype: Its dtype.
+        order: Its dimensions from major to minor as a matrix unit wants them in memory; None if any order does.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes, order=order)
 
 
 class Linear(nnx.Module):
@@ -54,7 +63,10 @@ class Linear(nnx.Module):
         in_axes, out_axes = tuple(inputs), tuple(outputs)
         quantized = numerics.quantization == "int8"
         dtype = jnp.dtype(jnp.int8) if quantized else numerics.dtype
-        self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype)
+        ins, outs = range(len(in_shape)), range(len(in_shape), len(in_shape) + len(out_shape))
+        # Tiles of a matrix unit want the last input beside the last output.
+        order = (*outs[:-1], *ins, outs[-1])
+        self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype, order)
         self.scale = param(out_shape, out_axes, jnp.dtype(jnp.float32)) if quantized else None
         self.bias = param(out_shape, out_axes, numerics.dtype) if bias else None
 

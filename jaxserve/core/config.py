@@ -20,6 +20,9 @@ from jaxserve.core.setting import boolean, choice, declare, integer, names, numb
 
 MIB = 1 << 20
 
+MAX_PAGE_TABLE_BYTES = 512 << 10
+"""Half of a TPU's scalar memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshShape:
@@ -119,7 +122,6 @@ class ServeConfig:
             ConfigError: The settings contradict each other, the model, or the memory there is.
         """
         on_cpu = facts.platform == "cpu"
-        page_size = self.page_size or (16 if on_cpu else 64)
         seqs = self.max_num_seqs or (64 if on_cpu else 256)
         batched = self.max_num_batched_tokens or (512 if on_cpu else 2048)
         if batched < seqs:
@@ -133,6 +135,7 @@ class ServeConfig:
                 f"max_model_len={self.max_model_len} is beyond the model's {facts.max_position} positions; lower it.",
                 param="max_model_len",
             )
+        page_size = self.page_size or (16 if on_cpu else self._page_size(facts, seqs))
         num_pages = self.num_pages or self._pages(facts, page_size)
         longest = min(self.max_model_len or facts.max_position, num_pages * page_size)
         if self.max_model_len is not None and longest < self.max_model_len:
@@ -142,9 +145,15 @@ class ServeConfig:
                 param="max_model_len",
             )
         dtype = self.dtype or auto_dtype(facts.platform, facts.checkpoint_dtype)
-        # On CPUs XLA multiplies one float32 row at memory speed; other matmuls want four rows to go through oneDNN.
-        smallest = 1 if on_cpu and self.quantization is None and dtype == "float32" else 4
-        seq_buckets = _ladder(min(smallest, seqs), seqs)
+        if on_cpu:
+            # XLA multiplies one float32 row at memory speed; other matmuls want four rows to go through oneDNN.
+            smallest = 1 if self.quantization is None and dtype == "float32" else 4
+            seq_buckets = _ladder(min(smallest, seqs), seqs)
+            token_buckets = {*seq_buckets, *_ladder(min(64, batched), batched)}
+        else:
+            # Up to some 256 rows an accelerator's matmuls wait for the weights: padding is free, programs are not.
+            seq_buckets = _ladder(min(16, seqs), seqs, factor=4)
+            token_buckets = {*seq_buckets, *_ladder(min(256, batched), batched)}
         return ResolvedConfig(
             asked=self,
             dtype=dtype,
@@ -155,16 +164,30 @@ class ServeConfig:
             max_num_seqs=seqs,
             max_num_batched_tokens=batched,
             seq_buckets=seq_buckets,
-            token_buckets=tuple(sorted({*seq_buckets, *_ladder(min(64, batched), batched)})),
+            token_buckets=tuple(sorted(token_buckets)),
             long_prefill_token_threshold=self.long_prefill_token_threshold or max(1, batched // 2),
         )
+
+    def _page_size(self, facts: Facts, seqs: int) -> int:
+        """64, or more where the page table of long contexts would not fit a TPU's scalar memory, which kernels read."""
+        if facts.platform != "tpu":
+            return 64
+        length = min(self.max_model_len or facts.max_position, self._room(facts) // facts.kv_bytes_per_token)
+        fitting = (size for size in (64, 128) if 4 * seqs * -(-length // size) <= MAX_PAGE_TABLE_BYTES)
+        return next(fitting, 256)
+
+    def _room(self, facts: Facts) -> int:
+        """Bytes of a device that its weights leave to the pool."""
+        if facts.device_memory_bytes is None:
+            return 384 * MIB
+        return int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
 
     def _pages(self, facts: Facts, page_size: int) -> int:
         page_bytes = facts.kv_bytes_per_token * page_size
         if facts.device_memory_bytes is None:
             # Nobody says how much of a host's memory is ours: room for 16k tokens, at most 384 MiB.
-            return max(1, min(16384 // page_size, 384 * MIB // page_bytes))
-        room = int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
+            return max(1, min(16384 // page_size, self._room(facts) // page_bytes))
+        room = self._room(facts)
         if room < page_bytes:
             raise ConfigError(
                 f"The weights take {facts.weight_bytes / MIB:.0f} MiB a device and leave no room for KV pages; use "
@@ -231,11 +254,11 @@ def auto_dtype(platform: str, checkpoint_dtype: str) -> str:
     return "bfloat16" if platform == "cpu" and checkpoint_dtype == "float16" else checkpoint_dtype
 
 
-def _ladder(smallest: int, largest: int) -> tuple[int, ...]:
-    """Doubling sizes from `smallest` (1 is followed by 8), ending exactly at `largest`."""
+def _ladder(smallest: int, largest: int, *, factor: int = 2) -> tuple[int, ...]:
+    """Sizes from `smallest`, each `factor` times the last (1 is followed by 8), ending exactly at `largest`."""
     sizes = [smallest]
     while sizes[-1] < largest:
-        sizes.append(min(sizes[-1] * (8 if sizes[-1] == 1 else 2), largest))
+        sizes.append(min(sizes[-1] * (8 if sizes[-1] == 1 else factor), largest))
     return tuple(sizes)
 
 

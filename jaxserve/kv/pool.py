@@ -1,6 +1,8 @@
 """The KV pool: one flat array of pages for all layers, so that a scanned decoder updates it in place.
 
-Layer l's page p is row `l * num_pages + p`; page ids that the host hands out are the same in every layer.
+Layer l's page p is row `l * num_pages + p`; page ids that the host hands out are the same in every layer. On a TPU the
+pool's dimensions are kept in order in memory, because kernels copy whole pages: left to itself the compiler turns the
+pool of a small head dim around, and then every program would begin and end with a copy of it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32, Shaped
 
@@ -19,6 +22,11 @@ from jaxserve.sharding.rules import shard_map, sharding_for
 
 POOL_AXES = (None, None, "kv_heads", None)
 """Logical axes of the pool; keys and values of a head stay together."""
+
+_LANES = 128
+_SUBLANES = 8
+_WORD_BYTES = 4
+_IN_ORDER = Layout(major_to_minor=(0, 1, 2, 3))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +68,47 @@ class PoolLayout:
         """Each device holds its KV heads of every page."""
         return sharding_for(POOL_AXES, (*self.shape[:2], self.num_kv_heads, self.head_dim), mesh)
 
+    def format(self, mesh: Mesh) -> Format | NamedSharding:
+        """`sharding`, and on a TPU the order of the dimensions in memory."""
+        sharding = self.sharding(mesh)
+        return Format(_IN_ORDER, sharding) if _platform(mesh) == "tpu" else sharding
+
+    def device_bytes(self, mesh: Mesh) -> int:
+        """Bytes that one device's part takes there: a TPU pads heads to 128 lanes and their number to its tiles."""
+        *pages, rows, lanes = self.sharding(mesh).shard_shape(self.shape)
+        if _platform(mesh) == "tpu":
+            rows, lanes = tiled(rows, lanes, self.dtype)
+        return math.prod(pages) * rows * lanes * self.dtype.itemsize
+
     def abstract(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
         """The pool before it exists."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.format(mesh))
 
     def allocate(self, mesh: Mesh) -> Array:
         """A pool of zeros."""
-        return jnp.zeros(self.shape, self.dtype, device=self.sharding(mesh))
+        zeros = partial(jnp.zeros, self.shape, self.dtype)
+        if _platform(mesh) != "tpu":
+            return zeros(device=self.sharding(mesh))
+        made: Array = jax.jit(zeros, out_shardings=self.format(mesh))()
+        return made
+
+
+def tiled(rows: int, lanes: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """The last two dimensions of an array as a TPU holds them: tiles of 128 lanes by 8 rows, or by 4 or 2.
+
+    Args:
+        rows: The last dimension but one.
+        lanes: The last dimension.
+        dtype: Element type; narrow ones share a row's 32-bit words.
+    """
+    few = max(_WORD_BYTES // dtype.itemsize, 1 << (rows - 1).bit_length())
+    multiple = min(_SUBLANES, few)
+    return -(-rows // multiple) * multiple, -(-lanes // _LANES) * _LANES
+
+
+def _platform(mesh: Mesh) -> str:
+    platform: str = mesh.devices.flat[0].platform
+    return platform
 
 
 def copy_pages(
@@ -85,7 +127,7 @@ def copy_pages(
         num_layers: L.
         mesh: What the pool is split over, or None for one device.
     """
-    platform = None if mesh is None else mesh.devices.flat[0].platform
+    platform = None if mesh is None else _platform(mesh)
     run = partial(page_copy.copy_pages, num_layers=num_layers, target=page_copy.Target(platform=platform))
     if mesh is None or mesh.size == 1:
         return run(kv_pages, source, target)

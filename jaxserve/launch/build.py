@@ -135,7 +135,7 @@ def plan_replica(
             checkpoint_dtype=spec.dtype,
             device_memory_bytes=device_memory_bytes or _device_memory_bytes(device),
             weight_bytes=_bytes_a_device(blueprint, mesh),
-            kv_bytes_per_token=_shard_bytes(page, mesh),
+            kv_bytes_per_token=page.device_bytes(mesh),
         )
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
@@ -251,7 +251,3 @@ def _bytes_a_device(blueprint: Blueprint, mesh: Mesh) -> int:
         shard = sharding_for(info.axes, info.shape, mesh).shard_shape(info.shape)
         total += math.prod(shard) * info.dtype.itemsize
     return total
-
-
-def _shard_bytes(page: PoolLayout, mesh: Mesh) -> int:
-    return math.prod(page.sharding(mesh).shard_shape(page.shape)) * page.dtype.itemsize

@@ -109,6 +109,14 @@ def test_shapes(shape: Shape, contexts: Sequence[int], dtype: str) -> None:
 
 
 @runs
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [("bfloat16", "float8_e4m3fn"), ("float16", "float8_e5m2"), ("bfloat16", "int8")]
+)
+def test_narrow_pools_with_scales(dtype: str, kv_dtype: str) -> None:
+    check(build(NARROW, lengths(75), dtype=dtype, kv_dtype=kv_dtype, scales=True), PLAIN, 64)
+
+
+@runs
 def test_a_result_does_not_depend_on_the_batch() -> None:
     case = build(NARROW, lengths(150, 7, 77), dtype="bfloat16", kv_dtype="bfloat16")
     together = decode(case, PLAIN, 64)
@@ -153,9 +161,9 @@ from jaxserve.sharding.rules import replicated
 from jaxserve.sharding.topology import abstract_devices, parse_topology
 import numpy as np
 sharding = replicated(make_mesh(devices=abstract_devices(parse_topology("h100:1"))))
-for heads, kv_heads, head_dim, page_size, window, cap in eval(sys.argv[1]):
+for heads, kv_heads, head_dim, page_size, window, cap, kv_dtype in eval(sys.argv[1]):
     shape = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, num_seqs=8,
-                           context=4096, query_tokens=1)
+                           context=4096, query_tokens=1, kv_dtype=kv_dtype)
     config = AttentionConfig(scale=0.1, sliding_window=window, soft_cap=cap)
     arrays = shape.abstract_arrays()
     given = (arrays["q"], arrays["kv_pages"], shape.batch(np.random.default_rng(0)), shape.layer())
@@ -170,7 +178,12 @@ def test_compiles_for_a_chip_that_is_not_here_without_spills(tmp_path: Path) -> 
         require_compiler(topology)
     except ConfigError as error:
         pytest.skip(str(error))
-    problems = [(32, 8, 128, 64, None, None), (8, 1, 128, 16, 1000, 30.0), (16, 8, 256, 128, None, None)]
+    problems = [
+        (32, 8, 128, 64, None, None, "bfloat16"),
+        (8, 1, 128, 16, 1000, 30.0, "int8"),
+        (24, 8, 64, 128, None, None, "float8_e4m3fn"),
+        (16, 8, 256, 128, None, None, "bfloat16"),
+    ]
     subprocess.run(
         [sys.executable, "-c", COMPILE, repr(problems)],
         env=os.environ | environment(topology) | {"MOSAIC_GPU_DUMP_TO": str(tmp_path)},
@@ -188,10 +201,14 @@ def test_compiles_for_a_chip_that_is_not_here_without_spills(tmp_path: Path) -> 
         assert not any(spilled), report
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "kv_itemsize"), [(64, 2), (80, 2), (96, 2), (128, 2), (128, 1), (256, 2), (256, 1)]
+)
 @pytest.mark.parametrize(("kv_heads", "group"), [(8, 1), (8, 4), (1, 8), (2, 16), (1, 64)])
 @pytest.mark.parametrize("pages_per_seq", [1, 64, 2048])
-def test_tiles_fit_and_do_not_depend_on_the_batch(head_dim: int, kv_heads: int, group: int, pages_per_seq: int) -> None:
+def test_tiles_fit_and_do_not_depend_on_the_batch(
+    head_dim: int, kv_itemsize: int, kv_heads: int, group: int, pages_per_seq: int
+) -> None:
     splits = set()
     for num_seqs in (1, 8, 256):
         shape = DecodeShape(
@@ -202,6 +219,7 @@ def test_tiles_fit_and_do_not_depend_on_the_batch(head_dim: int, kv_heads: int, 
             page_size=64,
             pages_per_seq=pages_per_seq,
             itemsize=2,
+            kv_itemsize=kv_itemsize,
         )
         tiles = decode_tiles(shape)
         tiles.check(shape)
@@ -232,8 +250,9 @@ def test_a_window_bounds_the_splits() -> None:
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "shape", "reason"),
     [
-        ("float32", "float32", NARROW, "both must be"),
-        ("bfloat16", "float8_e4m3fn", NARROW, "both must be"),
+        ("float32", "float32", NARROW, "q must be"),
+        ("bfloat16", "float32", NARROW, "pages float32"),
+        ("bfloat16", "int8", dataclasses.replace(NARROW, head_dim=80), "head dim 80 of int8"),
         ("bfloat16", "bfloat16", dataclasses.replace(NARROW, page_size=4), "pages of 4"),
         ("bfloat16", "bfloat16", dataclasses.replace(NARROW, head_dim=72), "head dim 72"),
         ("bfloat16", "bfloat16", dataclasses.replace(NARROW, group=65), "65 query heads"),

@@ -12,8 +12,9 @@ a computing warpgroup, take every n-th item:
 their order depend on positions alone, so a sequence's result is the same to the bit whatever else is in the batch.
 
 Query heads of a KV head are rows of a 64-row tile, the least wgmma takes; the others are computed and dropped, which
-costs nothing where memory is the bound. Elements of the pool that may not be read can be NaN: logits are masked, and
-a block of values that is not visible in full has the others cleared.
+costs nothing where memory is the bound. Pools of 8 bits are widened block by block in shared memory. Elements of the
+pool that may not be read can be NaN: logits are masked, and a block of values that is not visible in full has the
+others cleared.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ from jaxserve.pallas.paged_attention.gpu.tiles import (
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 LOG2E = math.log2(math.e)
+
+NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
+"""Formats of the pool that are widened to the queries' dtype on their way to wgmma; all their values fit."""
+
+WIDENED_COLUMNS = 128
+"""Columns that are widened at a time, or fewer that divide a head."""
 
 COMPUTE_REGISTERS = (256, 208)
 LOAD_REGISTERS = 40
@@ -80,7 +87,9 @@ def attend_decodes(
     tiles = tiles or decode_tiles(shape)
     tiles.check(shape)
     splits = decode_splits(tiles.split_tokens, config.sliding_window, shape.page_size * shape.pages_per_seq)
-    plan = Plan(shape=shape, tiles=tiles, splits=splits, soft_cap=config.soft_cap, dtype=q.dtype)
+    plan = Plan(
+        shape=shape, tiles=tiles, splits=splits, soft_cap=config.soft_cap, dtype=q.dtype, kv_dtype=kv_pages.dtype
+    )
     partials = _attend(plan, q, kv_pages, batch, layer, config.scale)
     return combine(partials, batch, layer, shape, splits, q)
 
@@ -105,13 +114,19 @@ def decode_shape(q: Array, kv_pages: Array, batch: RaggedBatch) -> DecodeShape:
         page_size=page_size,
         pages_per_seq=batch.page_table.shape[1],
         itemsize=q.dtype.itemsize,
+        kv_itemsize=kv_pages.dtype.itemsize,
     )
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
-        raise NotImplementedError(f"q {q.dtype} with pages {kv_pages.dtype}: both must be bfloat16 or both float16")
+    held = kv_pages.dtype
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or (held != q.dtype and held.name not in NARROW):
+        raise NotImplementedError(
+            f"q {q.dtype} with pages {held}: q must be bfloat16 or float16, pages so or of 8 bits"
+        )
     if shape.group > ROWS:
         raise NotImplementedError(f"{shape.group} query heads to a KV head are more than {ROWS}")
-    if not shape.swizzle or head_dim > 256:
-        raise NotImplementedError(f"head dim {head_dim} is not a multiple of 16 up to 256")
+    if not shape.is_tileable or head_dim > 256:
+        raise NotImplementedError(
+            f"head dim {head_dim} of {held}: rows must be multiples of 32 bytes, and up to 256 wide"
+        )
     if page_size < 8 or (BLOCK_TOKENS % page_size and page_size % BLOCK_TOKENS):
         raise NotImplementedError(f"pages of {page_size} tokens: neither a power of two from 8 up nor a multiple of 64")
     return shape
@@ -126,6 +141,7 @@ class Plan:
     splits: Splits
     soft_cap: float | None
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
 
     @property
     def copies(self) -> int:
@@ -167,6 +183,8 @@ class Refs(NamedTuple):
     full: Ref
     empty: Ref
     asked: Ref
+    # SMEM: a worker's block of keys or values in the queries' dtype, if the pool has another, else None
+    wide: Ref
     # SMEM: weights, if the interpreter is to run this, else None
     weights: Ref
 
@@ -186,8 +204,7 @@ class Worker(NamedTuple):
 
 def _kernel(plan: Plan, *arguments: Ref) -> None:
     given, (values, peaks, totals), scratch = arguments[:7], arguments[7:10], arguments[10:]
-    weights = () if plan.tiles.interpretable else (None,)
-    refs = Refs._make((*given, Partials(values, peaks, totals), *scratch, *weights))
+    refs = Refs._make((*given, Partials(values, peaks, totals), *scratch))
     workers = plan.tiles.workers
     thread = lax.axis_index("warpgroup")
     agenda = Agenda(
@@ -281,10 +298,9 @@ def _compute(plan: Plan, refs: Refs, worker: Worker, i: Scalar, count: Scalar) -
     def block(j: Scalar, carry: tuple[Scalar, Sums]) -> tuple[Scalar, Sums]:
         count, sums = carry
         begin = (item.first_block + j) * BLOCK_TOKENS
-        slot = plan.slot(worker.place, count)
-        plgpu.barrier_wait(refs.full.at[slot])
-        logits = _logits(plan, refs, worker, item, begin, slot)
-        plgpu.barrier_arrive(refs.empty.at[slot])
+        keys = _await_block(plan, refs, worker, count)
+        logits = _logits(plan, refs, worker, item, begin, keys)
+        _release_block(plan, refs, worker, count)
 
         peak = jnp.maximum(sums.peak, logits.max(axis=1))
         fade = jnp.exp2(sums.peak - peak)
@@ -294,11 +310,10 @@ def _compute(plan: Plan, refs: Refs, worker: Worker, i: Scalar, count: Scalar) -
         weights, total, fade = lax.optimization_barrier((weights.astype(plan.dtype), total, fade))
         faded = sums.values * lax.broadcast_in_dim(fade, sums.values.shape, [0])
 
-        slot = plan.slot(worker.place, count + 1)
-        plgpu.barrier_wait(refs.full.at[slot])
-        _clear_unseen(refs, item, begin, slot)
-        values = _add_values(plan, refs, worker, weights, faded, slot)
-        plgpu.barrier_arrive(refs.empty.at[slot])
+        held = _await_block(plan, refs, worker, count + 1)
+        _clear_unseen(item, begin, held)
+        values = _add_values(plan, refs, worker, weights, faded, held)
+        _release_block(plan, refs, worker, count + 1)
         return count + 2, Sums(values, peak, total)
 
     by_row = plgpu.Layout.WGMMA.reduce(1)
@@ -313,13 +328,38 @@ def _compute(plan: Plan, refs: Refs, worker: Worker, i: Scalar, count: Scalar) -
     return count
 
 
-def _logits(plan: Plan, refs: Refs, worker: Worker, item: Item, begin: Scalar, slot: Scalar) -> Block:
+def _await_block(plan: Plan, refs: Refs, worker: Worker, count: Scalar) -> Ref:
+    """Waits for entry number `count`, and returns where its keys or values lie in the queries' dtype."""
+    slot = plan.slot(worker.place, count)
+    plgpu.barrier_wait(refs.full.at[slot])
+    if refs.wide is None:
+        return refs.ring.at[slot]
+    columns = math.gcd(plan.shape.head_dim, WIDENED_COLUMNS)
+    for c in range(0, plan.shape.head_dim, columns):
+        part = pl.ds(c, columns)
+        narrow = plgpu.layout_cast(refs.ring[slot, :, part], plgpu.Layout.WGMMA_UPCAST_2X)
+        if plan.kv_dtype != jnp.int8:
+            # There is no instruction from 8 bits to bfloat16, but float16 holds them all.
+            narrow = narrow.astype(jnp.float16)
+        refs.wide[worker.place, :, part] = plgpu.layout_cast(narrow.astype(plan.dtype), plgpu.Layout.WGMMA)
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    plgpu.commit_smem()
+    return refs.wide.at[worker.place]
+
+
+def _release_block(plan: Plan, refs: Refs, worker: Worker, count: Scalar) -> None:
+    """Gives entry number `count` back to the loader, unless widening it already has."""
+    if refs.wide is None:
+        plgpu.barrier_arrive(refs.empty.at[plan.slot(worker.place, count)])
+
+
+def _logits(plan: Plan, refs: Refs, worker: Worker, item: Item, begin: Scalar, keys: Ref) -> Block:
     """Logits of a block of keys times log2(e), -inf where nothing is visible."""
 
     def multiply(acc: Ref) -> Block:
         # Opaque, lest the descriptors of all of the queries' tiles be kept in registers over the loop.
         own = lax.optimization_barrier(worker.place)
-        plgpu.wgmma(acc, refs.queries.at[own], refs.ring.at[slot].transpose((1, 0)))
+        plgpu.wgmma(acc, refs.queries.at[own], keys.transpose((1, 0)))
         product: Block = acc[...]
         return product
 
@@ -339,24 +379,24 @@ def _seen(item: Item, begin: Scalar, shape: tuple[int, ...], axis: int) -> Array
     return (position >= item.start) & (position < item.stop)
 
 
-def _clear_unseen(refs: Refs, item: Item, begin: Scalar, slot: Scalar) -> None:
-    """Clears values that are not visible, for they may be NaN and weigh 0."""
+def _clear_unseen(item: Item, begin: Scalar, held: Ref) -> None:
+    """Clears values of a block that are not visible, for they may be NaN and weigh 0."""
 
     @pl.when((begin < item.start) | (begin + BLOCK_TOKENS > item.stop))
     def _() -> None:
-        values = plgpu.layout_cast(refs.ring[slot], plgpu.Layout.WGMMA)
-        refs.ring[slot] = jnp.where(_seen(item, begin, values.shape, 0), values, jnp.zeros_like(values))
+        values = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+        held[...] = jnp.where(_seen(item, begin, values.shape, 0), values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
 
-def _add_values(plan: Plan, refs: Refs, worker: Worker, weights: Block, faded: Block, slot: Scalar) -> Block:
+def _add_values(plan: Plan, refs: Refs, worker: Worker, weights: Block, faded: Block, held: Ref) -> Block:
     """Adds a block's weighted values to the sum so far."""
     if plan.tiles.interpretable:
         refs.weights[worker.place] = weights
         plgpu.commit_smem()
 
         def multiply(acc: Ref) -> Block:
-            plgpu.wgmma(acc, refs.weights.at[worker.place], refs.ring.at[slot])
+            plgpu.wgmma(acc, refs.weights.at[worker.place], held)
             product: Block = acc[...]
             return product
 
@@ -364,7 +404,7 @@ def _add_values(plan: Plan, refs: Refs, worker: Worker, weights: Block, faded: B
         return faded + added
 
     def add(acc: Ref) -> None:
-        plgpu.wgmma(acc, weights, refs.ring.at[slot])
+        plgpu.wgmma(acc, weights, held)
 
     values: Block = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(faded))
     return values
@@ -399,7 +439,7 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
         _named(plan),
         out_type=(by_head, by_row, by_row),
         scratch_types=(
-            _tiled((num_entries, BLOCK_TOKENS, shape.head_dim), plan.dtype),
+            _tiled((num_entries, BLOCK_TOKENS, shape.head_dim), plan.kv_dtype),
             _tiled((tiles.workers, ROWS, shape.head_dim), plan.dtype),
             _tiled((tiles.workers, ROWS, shape.stage_columns), jnp.dtype(jnp.float32)),
             plgpu.SMEM((tiles.workers, 2, ROWS), jnp.float32),
@@ -408,7 +448,8 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=num_entries),
             plgpu.Barrier(num_barriers=num_entries),
             plgpu.Barrier(num_barriers=tiles.workers),
-            *([_tiled((tiles.workers, ROWS, BLOCK_TOKENS), plan.dtype)] if tiles.interpretable else []),
+            None if plan.kv_dtype == plan.dtype else _tiled((tiles.workers, BLOCK_TOKENS, shape.head_dim), plan.dtype),
+            _tiled((tiles.workers, ROWS, BLOCK_TOKENS), plan.dtype) if tiles.interpretable else None,
         ),
         grid=(tiles.num_blocks,),
         grid_names=("block",),

@@ -30,8 +30,8 @@ STAGE_COLUMNS = 64
 MAX_SPLITS = 64
 """Splits of the longest sequence: what bounds the memory for partial results."""
 
-SWIZZLE_BYTES = (128, 64, 32)
-"""Swizzles that wgmma and the tensor memory accelerator share, best first."""
+SWIZZLE_BYTES = 32
+"""Least bytes of a tile's row that both swizzle."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,8 @@ class DecodeShape:
         head_dim: Elements of a head.
         page_size: Tokens of a page.
         pages_per_seq: Pages of the longest sequence.
-        itemsize: Bytes of an element of q and of the pool.
+        itemsize: Bytes of an element of q.
+        kv_itemsize: Bytes of an element of the pool.
     """
 
     num_seqs: int
@@ -55,6 +56,7 @@ class DecodeShape:
     page_size: int
     pages_per_seq: int
     itemsize: int
+    kv_itemsize: int
 
     @property
     def padded_group(self) -> int:
@@ -62,10 +64,9 @@ class DecodeShape:
         return -(-self.group // 8) * 8
 
     @property
-    def swizzle(self) -> int:
-        """Bytes of a row of the shared memory's tiles, which must divide a head."""
-        fitting = (s for s in SWIZZLE_BYTES if self.head_dim * self.itemsize % s == 0)
-        return next(fitting, 0)
+    def is_tileable(self) -> bool:
+        """Whether rows of queries, keys and values are whole tiles for wgmma and the tensor memory accelerator."""
+        return self.head_dim * min(self.itemsize, self.kv_itemsize) % SWIZZLE_BYTES == 0
 
     @property
     def stage_columns(self) -> int:
@@ -94,12 +95,13 @@ class DecodeTiles:
 
     def smem_bytes(self, shape: DecodeShape) -> int:
         """Shared memory of a thread block: rings, queries, outgoing columns and statistics, and agendas."""
-        ring = self.entries * BLOCK_TOKENS * shape.head_dim * shape.itemsize
+        ring = self.entries * BLOCK_TOKENS * shape.head_dim * shape.kv_itemsize
+        wide = BLOCK_TOKENS * shape.head_dim * shape.itemsize if shape.kv_itemsize != shape.itemsize else 0
         queries = ROWS * shape.head_dim * shape.itemsize
         outgoing = ROWS * shape.stage_columns * 4 + 2 * ROWS * 4
         weights = ROWS * BLOCK_TOKENS * shape.itemsize if self.interpretable else 0
         agendas = 2 * 2 * 4 * (1 << (shape.num_seqs - 1).bit_length())
-        return self.workers * (ring + queries + outgoing + weights + agendas) + RESERVED_BYTES
+        return self.workers * (ring + wide + queries + outgoing + weights + agendas) + RESERVED_BYTES
 
     def check(self, shape: DecodeShape) -> None:
         """Checks that the tiles fit the chip.
@@ -125,6 +127,6 @@ def decode_tiles(shape: DecodeShape) -> DecodeTiles:
     split = 1 << (max(least, -(-capacity // MAX_SPLITS)) - 1).bit_length()
     workers = 2 if shape.head_dim <= 128 else 1
     empty = DecodeTiles(split_tokens=split, entries=0, workers=workers, num_blocks=NUM_SMS)
-    entry = BLOCK_TOKENS * shape.head_dim * shape.itemsize
+    entry = BLOCK_TOKENS * shape.head_dim * shape.kv_itemsize
     entries = (SMEM_BYTES - empty.smem_bytes(shape)) // (workers * entry)
     return DecodeTiles(split_tokens=split, entries=min(entries, 8), workers=workers, num_blocks=NUM_SMS)

@@ -30,8 +30,8 @@ STAGE_COLUMNS = 64
 MAX_SPLITS = 64
 """Splits of the longest sequence: what bounds the memory for partial results."""
 
-SWIZZLE_BYTES = 32
-"""Least bytes of a tile's row that both swizzle."""
+SWIZZLE_BYTES = (128, 64, 32)
+"""Swizzles that wgmma and the tensor memory accelerator share, best first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class DecodeShape:
     @property
     def is_tileable(self) -> bool:
         """Whether rows of queries, keys and values are whole tiles for wgmma and the tensor memory accelerator."""
-        return self.head_dim * min(self.itemsize, self.kv_itemsize) % SWIZZLE_BYTES == 0
+        return self.head_dim * min(self.itemsize, self.kv_itemsize) % SWIZZLE_BYTES[-1] == 0
 
     @property
     def stage_columns(self) -> int:

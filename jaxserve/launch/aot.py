@@ -6,13 +6,17 @@ what runs there, too. The programs are the ones serving would compile, lowered f
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ServeConfig, load
@@ -212,17 +216,19 @@ def describe(model: str, topology: Topology, replica: Replica) -> AotReport:
         token_buckets=replica.buckets.tokens,
         seq_buckets=replica.buckets.seqs,
         weight_bytes=device_bytes(replica.abstract_params()),
-        kv_bytes=device_bytes(layout.abstract(replica.mesh)),
+        kv_bytes=layout.device_bytes(replica.mesh),
         state_bytes=device_bytes(replica.abstract_sampling()),
     )
 
 
-def compile_report(program: Program) -> ProgramReport:
+def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
     """Compiles a program and reads what the compiler says; a failure is reported, not raised."""
     name, bucket = program.key
     started = time.monotonic()
     try:
-        compiled = program.function.lower(*program.args).compile()
+        # Pallas learns the chip's generation from the mesh of the thread.
+        with jax.set_mesh(mesh):
+            compiled, text = _compile(program)
     except Exception as error:  # the compiler's errors are of many types; each is a finding
         return ProgramReport(
             name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
@@ -237,8 +243,22 @@ def compile_report(program: Program) -> ProgramReport:
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
     )
+
+
+def _compile(program: Program) -> tuple[jax.stages.Compiled, str]:
+    """A program's executable and its optimised HLO.
+
+    The text is what the compiler dumps: `as_text` takes the executable apart again, and fails where libtpu has moved
+    work to a SparseCore.
+    """
+    lowered = program.function.lower(*program.args)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        [path] = Path(folder).glob("*.jit_*.after_optimizations.txt")
+        return compiled, path.read_text()
 
 
 def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -> Replica:
@@ -259,17 +279,13 @@ def _respond(request: Message) -> Message:
     topology = parse_topology(request["topology"])
     config = config_for(request["model"], request["settings"], topology)
     replica = abstract_replica(spec_of(request["model"]), config, topology)
-    wanted = request["wanted"]
-    # Pallas learns the chip's generation from the mesh.
-    with jax.set_mesh(replica.mesh):
-        if request["largest_only"]:
-            wanted = largest_keys(replica)
-        chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
-        reports = []
-        with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            for done, report in enumerate(pool.map(compile_report, chosen), start=1):
-                reports.append(report)
-                reply({"done": done, "total": len(chosen)})
+    wanted = largest_keys(replica) if request["largest_only"] else request["wanted"]
+    chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
+    reports = []
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        for done, report in enumerate(pool.map(partial(compile_report, mesh=replica.mesh), chosen), start=1):
+            reports.append(report)
+            reply({"done": done, "total": len(chosen)})
     message = describe(request["model"], topology, replica).as_json()
     return {**message, "programs": [asdict(report) for report in reports]}
 

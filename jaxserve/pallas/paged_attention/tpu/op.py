@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Shaped
 from jaxserve.pallas.paged_attention.cache import encode
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.tpu.prefill import prefill
-from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, MAX_BLOCK_ROWS, PrefillTiles
 
 
 def paged_attention_tpu(
@@ -28,18 +27,4 @@ def paged_attention_tpu(
     new = jnp.stack([encode(k, layer.k_scale, kv_pages.dtype), encode(v, layer.v_scale, kv_pages.dtype)], axis=2)
     new_kv = new.reshape(num_tokens, 2 * num_kv_heads, head_dim)
     chunks = replace(batch, num_decodes=jnp.zeros_like(batch.num_decodes))
-    tiles = _tiles(q.shape[1] // num_kv_heads, kv_pages.shape[1])
-    return prefill(q, new_kv, kv_pages, jnp.zeros_like(q), chunks, layer, config=config, tiles=tiles)
-
-
-def _tiles(group: int, page_size: int) -> PrefillTiles:
-    block = 16
-    while block * 2 * group <= MAX_BLOCK_ROWS and block < 128:
-        block *= 2
-    return PrefillTiles(
-        query_tokens=128,
-        block_tokens=block,
-        pages=max(1, 4 * LANES // page_size),
-        unroll=2,
-        sum_by_matmul=False,
-    )
+    return prefill(q, new_kv, kv_pages, jnp.zeros_like(q), chunks, layer, config=config)

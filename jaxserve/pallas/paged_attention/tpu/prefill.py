@@ -17,6 +17,7 @@ masked. Row sums are kept as 128 partial sums and added up at the end.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +30,23 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
-from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, Geometry, PrefillTiles
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import (
+    LANES,
+    Core,
+    Geometry,
+    PrefillTiles,
+    Sizes,
+    choose_tiles,
+)
 
 LOG2_E = math.log2(math.e)
 START = -1e30
 """Maximum of no logits; finite, so that a masked logit, -inf, weighs 0 beside it."""
 
 Ref: TypeAlias = Any
+Copy: TypeAlias = Any
 Scalar: TypeAlias = Int32[Array, ""]
+Carry: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
 
 
 class Refs(NamedTuple):
@@ -59,9 +69,9 @@ class Refs(NamedTuple):
     raw_queries: Ref
     raw_kv: Ref
     raw_out: Ref
-    # VMEM: rows of all heads, float32; KV rows of all heads, float32, or None
+    # VMEM: rows of all heads and KV rows of all heads, by token, float32
     stage: Ref
-    kv_stage: Ref | None
+    kv_stage: Ref
     # VMEM, keys and values by KV head
     k: Ref
     v: Ref
@@ -88,7 +98,6 @@ class Item(NamedTuple):
     row: Scalar
     tokens: Scalar
     position: Scalar
-    context: Scalar
     # KV tiles that its queries see
     first: Scalar
     end: Scalar
@@ -102,12 +111,6 @@ class Plan:
     config: AttentionConfig
     pages_per_seq: int
 
-    @property
-    def words(self) -> bool:
-        """Whether K and V of a head are halves of 32-bit words that fill whole registers."""
-        g = self.geometry
-        return g.dtype == jnp.bfloat16 and g.num_kv_heads % 8 == 0 and g.head_dim % LANES == 0
-
 
 def prefill(
     q: Float[Array, "T N H"],
@@ -118,7 +121,7 @@ def prefill(
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
-    tiles: PrefillTiles,
+    tiles: PrefillTiles | None = None,
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """Writes the chunks' new keys and values into their pages and attends; decodes and padding are left alone.
 
@@ -130,20 +133,26 @@ def prefill(
         batch: Sequences, pages and positions.
         layer: The layer's place in the pool, its sinks and its scales.
         config: Static facts about the model's attention.
-        tiles: Tile sizes.
+        tiles: Tile sizes; chosen for the core if None.
 
     Returns:
         `out` with the chunks' rows, and the pool.
+
+    Raises:
+        NotImplementedError: Not even the smallest tiles fit into VMEM.
     """
-    geometry = Geometry(
-        tiles=tiles,
+    sizes = Sizes(
         page_size=kv_pages.shape[1],
         num_heads=q.shape[1],
         num_kv_heads=kv_pages.shape[2] // 2,
         head_dim=q.shape[2],
         query_dtype=q.dtype,
         kv_dtype=kv_pages.dtype,
+        max_tokens=q.shape[0],
+        max_context=batch.page_table.shape[1] * kv_pages.shape[1],
+        sliding_window=config.sliding_window,
     )
+    geometry = sizes.cut(choose_tiles(sizes, _core()) if tiles is None else tiles)
     plan = Plan(geometry=geometry, config=config, pages_per_seq=batch.page_table.shape[1])
     scalars = (
         jnp.stack([layer.page_offset, batch.num_decodes, batch.num_seqs]),
@@ -155,7 +164,7 @@ def prefill(
     anywhere, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
     sinks = () if layer.sinks is None else (_sink_rows(layer.sinks),)
     first = len(scalars)
-    return pl.pallas_call(
+    results: tuple[Array, Array] = pl.pallas_call(
         functools.partial(_kernel, plan, bool(sinks)),
         out_shape=(jax.ShapeDtypeStruct(out.shape, out.dtype), jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * first + [anywhere] * 4 + [vmem] * len(sinks),
@@ -163,10 +172,11 @@ def prefill(
         scratch_shapes=_scratch(plan),
         input_output_aliases={first + 2: 0, first + 3: 1},
         compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=100 * 2**20
+            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
         ),
         name="paged_attention_prefill",
     )(*scalars, q, new_kv, out, kv_pages, *sinks)
+    return results
 
 
 def _factors(layer: AttentionLayer, config: AttentionConfig) -> Float[Array, " 2"]:
@@ -185,48 +195,31 @@ def _sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
     return jnp.broadcast_to(base2[:, None], (sinks.shape[0], LANES))
 
 
+def _core() -> Core:
+    """The core that the kernel is traced for; where there is no TPU the interpreter does not care."""
+    if not pltpu.is_tpu_device():
+        return Core(wide_matmul=True, vmem_bytes=64 << 20)
+    info = pltpu.get_tpu_info()
+    return Core(wide_matmul=info.mxu_column_size > LANES, vmem_bytes=info.vmem_capacity_bytes)
+
+
 def _scratch(plan: Plan) -> list[Any]:
-    g = plan.geometry
-    heads, tile, lanes = g.num_kv_heads, g.tile_tokens, g.lanes
-    rows = (g.num_units + 1) * g.block_rows
-    chunks = lanes // LANES
-    kv_stage = [] if plan.words else [pltpu.VMEM((chunks, tile * g.kv_stride, LANES), jnp.float32)]
-    kv = (chunks, heads * g.word_stride, LANES) if plan.words else (heads, tile, lanes)
-    kv_dtype = jnp.dtype(jnp.uint32) if plan.words else g.dtype
-    tokens = (g.tiles.query_tokens, g.num_heads, g.head_dim)
-    return [
-        pltpu.VMEM(tokens, g.query_dtype),
-        pltpu.VMEM((2, tile, 2 * heads, g.head_dim), g.kv_dtype),
-        pltpu.VMEM(tokens, g.query_dtype),
-        pltpu.VMEM((chunks, g.tiles.query_tokens * g.head_stride, LANES), jnp.float32),
-        *kv_stage,
-        pltpu.VMEM(kv, kv_dtype),
-        pltpu.VMEM(kv, kv_dtype),
-        pltpu.VMEM((rows, lanes), g.dtype),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, lanes), jnp.float32),
-        pltpu.VMEM((2, g.block_rows, tile), jnp.float32),
-        pltpu.VMEM((2, g.block_rows, LANES), jnp.float32),
-        pltpu.SemaphoreType.DMA,
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA,
-        pltpu.SemaphoreType.DMA,
-    ]
+    buffers = {name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in plan.geometry.buffers().items()}
+    one, two = pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA((2,))
+    return [buffers, {"queries_done": one, "kv_done": two, "out_done": one, "writes_done": one}]
 
 
-def _refs(plan: Plan, has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
+def _refs(has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
     """Names the kernel's arguments."""
-    scalars, (queries, new, _, _), rest = refs[:5], refs[5:9], list(refs[9:])
-    sinks = rest.pop(0) if has_sinks else None
-    out, pages, raw_queries, raw_kv, raw_out, stage = (rest.pop(0) for _ in range(6))
-    kv_stage = None if plan.words else rest.pop(0)
-    return Refs(*scalars, queries, new, out, pages, sinks, raw_queries, raw_kv, raw_out, stage, kv_stage, *rest)
+    names = ["counts", "table", "contexts", "starts", "factors", "queries", "new", "aliased_out", "aliased_pages"]
+    names += ["sinks"] * has_sinks + ["out", "pages"]
+    named = {"sinks": None, **dict(zip(names, refs[: len(names)], strict=True))}
+    del named["aliased_out"], named["aliased_pages"]
+    return Refs(**named, **refs[-2], **refs[-1])
 
 
 def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
-    refs = _refs(plan, has_sinks, arguments)
-    g = plan.geometry
+    refs = _refs(has_sinks, arguments)
     num_seqs = refs.counts[2]
     seq = _nonempty(refs, refs.counts[1])
 
@@ -236,7 +229,7 @@ def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
         item = _item(plan, refs, seq, jnp.int32(0))
         _start_item(plan, refs, item, jnp.int32(0))
 
-    def step(carry: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+    def step(carry: Carry) -> Carry:
         seq, tile, fetched, row, tokens = carry
         item = _item(plan, refs, seq, tile)
         following = _following(plan, refs, item)
@@ -265,9 +258,9 @@ def _nonempty(refs: Refs, seq: Scalar) -> Scalar:
     num_seqs = refs.counts[2]
 
     def is_empty(s: Scalar) -> Array:
-        # Sequences past the last have no rows either; starts[S] is read at most.
-        at = jnp.minimum(s, num_seqs - 1)
-        return (s < num_seqs) & (refs.starts[at + 1] == refs.starts[at])
+        at = jnp.clip(s, 0, jnp.maximum(num_seqs - 1, 0))
+        empty: Array = (s < num_seqs) & (refs.starts[at + 1] == refs.starts[at])
+        return empty
 
     found: Scalar = jax.lax.while_loop(is_empty, lambda s: s + 1, seq)
     return found
@@ -284,7 +277,7 @@ def _item(plan: Plan, refs: Refs, seq: Scalar, tile: Scalar) -> Item:
     if plan.config.sliding_window is not None:
         first = jnp.maximum(position - (plan.config.sliding_window - 1), 0) // g.tile_tokens
     end = pl.cdiv(position + tokens, g.tile_tokens)
-    return Item(seq, tile, start + skipped, tokens, position, context, first, end)
+    return Item(seq, tile, start + skipped, tokens, position, first, end)
 
 
 def _following(plan: Plan, refs: Refs, item: Item) -> tuple[Scalar, Scalar]:
@@ -312,13 +305,13 @@ def _write_pages(plan: Plan, refs: Refs, seq: Scalar, *, wait: bool) -> None:
     jax.lax.fori_loop(begin // size, pl.cdiv(end, size), copy, None)
 
 
-def _copy_queries(refs: Refs, item: Item) -> Any:
+def _copy_queries(refs: Refs, item: Item) -> Copy:
     rows = pl.ds(0, item.tokens)
     source = refs.queries.at[pl.ds(item.row, item.tokens)]
     return pltpu.make_async_copy(source, refs.raw_queries.at[rows], refs.queries_done)
 
 
-def _copy_out(refs: Refs, row: Scalar, tokens: Scalar) -> Any:
+def _copy_out(refs: Refs, row: Scalar, tokens: Scalar) -> Copy:
     return pltpu.make_async_copy(refs.raw_out.at[pl.ds(0, tokens)], refs.out.at[pl.ds(row, tokens)], refs.out_done)
 
 
@@ -351,20 +344,16 @@ def _wait_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> Non
 
 def _start_item(plan: Plan, refs: Refs, item: Item, slot: Scalar) -> None:
     """Starts the copies of an item's first KV tile, after its chunk's pages have been written."""
+    _copy_queries(refs, item).start()
 
     @pl.when(item.tile == 0)
     def _() -> None:
-        _copy_queries(refs, item).start()
         _write_pages(plan, refs, item.seq, wait=True)
         ahead = _nonempty(refs, item.seq + 1)
 
         @pl.when(ahead < refs.counts[2])
         def _() -> None:
             _write_pages(plan, refs, ahead, wait=False)
-
-    @pl.when(item.tile > 0)
-    def _() -> None:
-        _copy_queries(refs, item).start()
 
     _copy_kv(plan, refs, item, item.first, slot, wait=False)
 
@@ -436,10 +425,9 @@ def _unpack(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None
     if plan.config.sliding_window is not None:
         low = item.position - (plan.config.sliding_window - 1)
     low, high = low - j * g.tile_tokens, item.position + item.tokens - j * g.tile_tokens
-    if plan.words:
+    if plan.geometry.words:
         _unpack_words(plan, refs, slot, low, high)
         return
-    assert refs.kv_stage is not None
     stage = refs.kv_stage
 
     def spread(i: Scalar, _: None) -> None:
@@ -471,16 +459,16 @@ def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scala
     lower, upper = jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000)
 
     def pairs(i: Scalar, _: None, *, edge: bool) -> None:
-        for u in range(8):
-            t = i * 16 + 2 * u
-            a = pltpu.bitcast(refs.raw_kv[slot, t].astype(jnp.bfloat16), jnp.uint32)
-            b = pltpu.bitcast(refs.raw_kv[slot, t + 1].astype(jnp.bfloat16), jnp.uint32)
+        for u, first in itertools.product(range(8), range(0, 2 * g.num_kv_heads, g.packed_rows)):
+            t, heads = i * 16 + 2 * u, g.packed_rows // 2
+            parts = (refs.raw_kv[slot, t + n, first : first + g.packed_rows, :] for n in (0, 1))
+            a, b = (pltpu.bitcast(part.astype(jnp.bfloat16), jnp.uint32) for part in parts)
             keys, values = (a & lower) | (b << 16), (a >> 16) | (b & upper)
             if edge:
                 keep_a = jnp.where((t >= low) & (t < high), lower, jnp.uint32(0))
                 keep_b = jnp.where((t + 1 >= low) & (t + 1 < high), upper, jnp.uint32(0))
                 values = values & (keep_a | keep_b)
-            rows = pl.ds(i * 8 + u, g.num_kv_heads, stride=g.word_stride)
+            rows = pl.ds(i * 8 + u + first // 2 * g.word_stride, heads, stride=g.word_stride)
             for c in range(g.lanes // LANES):
                 refs.k[c, rows, :] = keys[:, c * LANES : (c + 1) * LANES]
                 refs.v[c, rows, :] = values[:, c * LANES : (c + 1) * LANES]
@@ -496,7 +484,7 @@ def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scala
 def _keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
     """Keys or values of one head, [tile, H]."""
     g = plan.geometry
-    if not plan.words:
+    if not plan.geometry.words:
         whole: Array = ref[h]
         return whole
     rows = pl.ds(h * g.word_stride, g.tile_tokens // 2)
@@ -565,7 +553,7 @@ def _attend_units(
         jax.lax.fori_loop(0, pl.cdiv(num_units, g.tiles.unroll), steps, None)
 
 
-def _rows(g: Geometry, unit: Scalar) -> Any:
+def _rows(g: Geometry, unit: Scalar) -> Ref:
     return pl.ds(_aligned(unit * g.block_rows, 16), g.block_rows)
 
 

@@ -212,11 +212,35 @@ def _garbage(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) 
     return np.broadcast_to(to_pool(np.full((1,), np.nan, np.float32), dtype), shape).copy()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """Attention in float64, and how far rounding may take an implementation from it.
+
+    Attributes:
+        out: [T, N, H].
+        bound: [T, N, H]; most an output may be off.
+    """
+
+    out: np.ndarray
+    bound: np.ndarray
+
+
 def oracle(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> np.ndarray:
     """Attention in float64 over a pool in which the new tokens already stand."""
+    return exact(case, kv_pages, config).out
+
+
+def exact(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> Exact:
+    """The oracle, with the error that the dtypes allow, element by element.
+
+    An output is sum_i w_i v_i. Its weights may be rounded to q's dtype before they meet the values, and so may the
+    queries once scaled: each costs half an ulp of every term, so eps * sum_i w_i |v_i| in all. float32 inside adds
+    64 of its eps (a sum of up to hundreds of terms), times the largest logit, for an error of a logit is a relative
+    error of a weight. The output is rounded to q's dtype: half an ulp of itself.
+    """
     k_scale = 1.0 if case.k_scale is None else float(case.k_scale)
     v_scale = 1.0 if case.v_scale is None else float(case.v_scale)
-    out = np.zeros(case.q.shape, np.float64)
+    out, size, peaks = np.zeros(case.q.shape), np.zeros(case.q.shape), np.zeros((*case.q.shape[:2], 1))
     group = case.q.shape[1] // case.k.shape[1]
     for s, rows in enumerate(case.rows()):
         kv = from_pool(kv_pages[case.places(s, range(case.lengths[s].context))]).astype(np.float64)
@@ -232,8 +256,12 @@ def oracle(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> np.ndar
                 sink = [] if case.sinks is None else [float(case.sinks[n])]
                 peak = max([*logits, *sink])
                 weights = np.exp(logits - peak)
-                out[t, n] = weights @ values / (weights.sum() + sum(np.exp(x - peak) for x in sink))
-    return out
+                weights /= weights.sum() + sum(np.exp(x - peak) for x in sink)
+                out[t, n], size[t, n] = weights @ values, weights @ np.abs(values)
+                peaks[t, n] = np.abs([*logits, *sink]).max()
+    eps = float(ml_dtypes.finfo(case.q.dtype).eps)
+    inside = 64 * float(np.finfo(np.float32).eps) * np.maximum(peaks, 1)
+    return Exact(out=out, bound=size * (eps + inside) + np.abs(out) * eps / 2)
 
 
 def tolerance(case: Case) -> float:

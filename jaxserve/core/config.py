@@ -107,6 +107,10 @@ class ServeConfig:
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
     cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")
     compilation_cache: bool = declare(True, boolean, "keep compiled programs on disk between starts")
+    bundle: Path | None = declare(
+        None, Path, "executables made by `jaxserve compile`, loaded instead of compiling", none="none"
+    )
+    bundle_key: Path | None = declare(None, Path, "file with the key that the bundle must be signed with", none="none")
     offline: bool = declare(False, boolean, "never touch the network")
     log_level: str = declare("info", choice("debug", "info", "warning", "error"), "least severe messages to log")
     log_format: str = declare("text", choice("text", "json"), "form of a log line")

@@ -7,6 +7,7 @@ objects: called with any other shape they raise instead of compiling.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import jax
 from jax import monitoring
+from jax.sharding import Mesh
 
 from jaxserve.engine.programs import Key, Program
 
@@ -34,12 +36,15 @@ def enable_persistent_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def compile_programs(programs: list[Program], *, num_threads: int, progress: Progress | None = None) -> Executables:
+def compile_programs(
+    programs: list[Program], *, num_threads: int, mesh: Mesh | None = None, progress: Progress | None = None
+) -> Executables:
     """Compiles every program.
 
     Args:
         programs: What to compile.
         num_threads: How many are compiled at once.
+        mesh: Devices that are not here, from which Pallas learns what it compiles for; None where they are.
         progress: Called with ("compile", done, total) after each.
 
     Returns:
@@ -47,7 +52,7 @@ def compile_programs(programs: list[Program], *, num_threads: int, progress: Pro
     """
     executables: dict[Key, Any] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
-        futures = {program.key: pool.submit(_compile, program) for program in programs}
+        futures = {program.key: pool.submit(_compile, program, mesh) for program in programs}
         for done, (key, future) in enumerate(futures.items(), start=1):
             executables[key] = future.result()
             if progress is not None:
@@ -55,8 +60,9 @@ def compile_programs(programs: list[Program], *, num_threads: int, progress: Pro
     return executables
 
 
-def _compile(program: Program) -> Any:  # noqa: ANN401 - JAX does not export the type
-    return program.function.lower(*program.args).compile()
+def _compile(program: Program, mesh: Mesh | None) -> Any:  # noqa: ANN401 - JAX does not export the type
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return program.function.lower(*program.args).compile()
 
 
 @dataclass

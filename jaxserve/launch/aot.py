@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import ServeConfig, load
+from jaxserve.core.config import ResolvedConfig, ServeConfig, load
 from jaxserve.engine.programs import Key, Program, Replica, programs
 from jaxserve.launch.build import Progress, plan_replica
 from jaxserve.models.costs import device_bytes
@@ -234,6 +234,7 @@ def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
             name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
         )
     memory = compiled.memory_analysis()
+    assert memory is not None
     return ProgramReport(
         name=name,
         bucket=bucket,
@@ -261,11 +262,11 @@ def _compile(program: Program) -> tuple[jax.stages.Compiled, str]:
         return compiled, path.read_text()
 
 
-def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -> Replica:
+def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -> tuple[Replica, ResolvedConfig]:
     """A replica on a slice that is not here; in a process with the topology's environment."""
     shape = config.mesh
     mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor, devices=abstract_devices(topology))
-    return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.hbm_bytes)[0]
+    return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.hbm_bytes)
 
 
 def largest_keys(replica: Replica) -> list[list[object]]:
@@ -278,7 +279,7 @@ def largest_keys(replica: Replica) -> list[list[object]]:
 def _respond(request: Message) -> Message:
     topology = parse_topology(request["topology"])
     config = config_for(request["model"], request["settings"], topology)
-    replica = abstract_replica(spec_of(request["model"]), config, topology)
+    replica, _ = abstract_replica(spec_of(request["model"]), config, topology)
     wanted = largest_keys(replica) if request["largest_only"] else request["wanted"]
     chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
     reports = []

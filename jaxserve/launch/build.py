@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import jax
@@ -33,6 +34,7 @@ from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout
+from jaxserve.launch.bundle import Bundle, open_bundle, read_key
 from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
@@ -156,19 +158,23 @@ def plan_replica(
 def build_engine(
     config: ServeConfig, model: Model, *, observer: StepObserver | None = None, progress: Progress | None = None
 ) -> LocalEngine:
-    """Loads the parameters, compiles every program, and starts the loop.
+    """Loads the parameters, compiles every program or takes it from a bundle, and starts the loop.
 
     Raises:
-        ConfigError: The settings cannot be served.
+        ConfigError: The settings cannot be served, or the bundle is not for them.
         CheckpointError: The weights cannot be loaded.
     """
     started = time.monotonic()
+    bundle = None if config.bundle is None else open_bundle(config.bundle, read_key(config.bundle_key))
+    if bundle is not None:
+        config = bundle.adopt(config)
     shape = config.mesh
     mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
     if config.compilation_cache:
         enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
     replica, resolved = plan_replica(config, model.spec, mesh)
-    params, executables = _load_and_compile(model, replica, config.seed, progress)
+    make = partial(_executables, replica, config, bundle, progress)
+    params, executables = _load_and_compile(model, replica, config.seed, make, progress)
     runner = DeviceRunner(replica, params, executables)
     runner.warm_up()
     release_free_memory()
@@ -232,12 +238,20 @@ def load_weights(
 
 
 def _load_and_compile(
-    model: Model, replica: Replica, seed: int, progress: Progress | None
+    model: Model, replica: Replica, seed: int, make: Callable[[], Executables], progress: Progress | None
 ) -> tuple[Mapping[str, Array], Executables]:
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_weights, model, replica, seed, progress)
-        executables = compile_programs(programs(replica), num_threads=2, progress=progress)
+        executables = make()
         return loading.result(), executables
+
+
+def _executables(
+    replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
+) -> Executables:
+    if bundle is None:
+        return compile_programs(programs(replica), num_threads=2, progress=progress)
+    return bundle.load(replica, config, progress=progress)
 
 
 def _device_memory_bytes(device: jax.Device) -> int | None:

@@ -1,0 +1,267 @@
+"""A bundle: a replica's executables in a folder, with a manifest that says what they were compiled for.
+
+`jaxserve compile` writes one, `jaxserve serve --bundle` loads it instead of compiling. An executable runs only where
+everything it was compiled for is the same, so every fact that shaped it stands in the manifest and is compared; what
+differs is named. Loading an executable can run any code, so files are read only if their checksums are the manifest's,
+and a manifest can be signed with a key that both sides hold (HMAC-SHA256). Without a key a bundle is as trustworthy as
+the folder it lies in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from jaxserve.core.config import ServeConfig
+from jaxserve.core.errors import ConfigError
+from jaxserve.engine.programs import Key, Replica
+from jaxserve.launch.origin import FORMAT, Origin, cpu_features
+
+MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One executable of a bundle.
+
+    Attributes:
+        name: The program.
+        bucket: Its size, 0 if it has one only.
+        file: Name of its file.
+        num_bytes: Size of the file.
+        sha256: Checksum of the file.
+    """
+
+    name: str
+    bucket: int
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle whose manifest has been read.
+
+    Attributes:
+        folder: Where it is.
+        topology: What it was compiled for, as it was named.
+        origin: What must be the same here.
+        settings: Settings of serve that shaped it, as text.
+        cpu_features: What the compiling host's processor could do, empty for other devices.
+        entries: Its executables.
+    """
+
+    folder: Path
+    topology: str
+    origin: Origin
+    settings: Mapping[str, str]
+    cpu_features: tuple[str, ...]
+    entries: tuple[Entry, ...]
+
+    def adopt(self, config: ServeConfig) -> ServeConfig:
+        """A configuration with the bundle's settings where it leaves them open.
+
+        Raises:
+            ConfigError: It asks for something else than the bundle was compiled for.
+        """
+        open_ = {setting.name: setting.default for setting in fields(ServeConfig)}
+        parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
+        adopted: dict[str, Any] = {}
+        wrong = []
+        for name, text in self.settings.items():
+            value = parsers[name](text)
+            asked = vars(config)[name]
+            if asked not in (open_[name], value):
+                wrong.append(f"{name} {text} (asked for {asked})")
+            adopted[name] = value
+        # A replica that was compiled with a setting left open is not the one that is asked for with it.
+        wrong += [
+            f"{name} left open (asked for {vars(config)[name]})"
+            for name in ("quantization", "attention", "memory_fraction")
+            if name not in self.settings and vars(config)[name] != open_[name]
+        ]
+        self._refuse(wrong)
+        return replace(config, **adopted)
+
+    def load(
+        self,
+        replica: Replica,
+        config: ServeConfig,
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[Key, Any]:
+        """The executables, ready to run on the replica's devices.
+
+        Args:
+            replica: What is to be run.
+            config: What was asked for.
+            progress: Called with ("load programs", done, total) after each.
+
+        Raises:
+            ConfigError: The bundle was compiled for something else, or is damaged.
+        """
+        missing = sorted(set(self.cpu_features) - set(cpu_features(replica)))
+        wrong = self.origin.differences(Origin.of(replica, config))
+        self._refuse([*wrong, *([f"a processor with {', '.join(missing)}"] if missing else [])])
+        devices = list(replica.mesh.devices.flat)
+        loaded = {}
+        for done, entry in enumerate(self.entries, start=1):
+            payload, in_tree, out_tree = pickle.loads(self._checked(entry))
+            loaded[entry.name, entry.bucket] = deserialize_and_load(
+                payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+            )
+            if progress is not None:
+                progress("load programs", done, len(self.entries))
+        return loaded
+
+    def _checked(self, entry: Entry) -> bytes:
+        """A file's content, if it is what was written."""
+        path = self.folder / entry.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"Cannot read {path}: {error.strerror}.", param="bundle") from error
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise ConfigError(f"{path} is damaged: its checksum is not the manifest's.", param="bundle")
+        return content
+
+    def _refuse(self, wrong: list[str]) -> None:
+        if wrong:
+            raise ConfigError(
+                f"The bundle {self.folder} was compiled for {'; '.join(wrong)}. Compile it anew with `jaxserve "
+                "compile`, or serve without --bundle.",
+                param="bundle",
+            )
+
+
+def write_bundle(
+    out: Path,
+    compiled: Mapping[Key, jax.stages.Compiled],
+    *,
+    topology: str,
+    origin: Origin,
+    settings: Mapping[str, str],
+    features: tuple[str, ...] = (),
+    key: bytes | None = None,
+) -> int:
+    """Writes a bundle; the folder appears complete or not at all.
+
+    Args:
+        out: The folder; one that is there is replaced if it is a bundle.
+        compiled: The executables.
+        topology: As it was named.
+        origin: What they were compiled for.
+        settings: Settings of serve that shaped them, as text.
+        features: From `cpu_features`.
+        key: Signs the manifest.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        ConfigError: There is something else in that place.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and is no bundle; choose another folder.", param="out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
+        folder = Path(made) / "bundle"
+        folder.mkdir()
+        entries = [_write_entry(folder, program, executable) for program, executable in compiled.items()]
+        manifest = {
+            "topology": topology,
+            "origin": asdict(origin),
+            "settings": dict(settings),
+            "cpu_features": list(features),
+            "entries": [asdict(entry) for entry in entries],
+        }
+        text = json.dumps(manifest, indent=1).encode()
+        (folder / MANIFEST).write_bytes(text)
+        if key is not None:
+            (folder / SIGNATURE).write_text(_signature(text, key))
+        if out.exists():
+            shutil.move(out, Path(made) / "former")
+        folder.rename(out)
+    return sum(entry.num_bytes for entry in entries)
+
+
+def _write_entry(folder: Path, program: Key, executable: jax.stages.Compiled) -> Entry:
+    name, bucket = program
+    content = pickle.dumps(serialize(executable))
+    file = f"{name}-{bucket}.bin"
+    (folder / file).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    return Entry(name=name, bucket=bucket, file=file, num_bytes=len(content), sha256=digest)
+
+
+def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
+    """Reads a bundle's manifest; no executable is touched.
+
+    Args:
+        folder: The bundle.
+        key: What its manifest must be signed with, or None to ask for no signature.
+
+    Raises:
+        ConfigError: It is no bundle, of another format, or not signed with this key.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        signature = (folder / SIGNATURE).read_text() if key is not None else None
+    except OSError as error:
+        what = "no signature" if error.filename and Path(error.filename).name == SIGNATURE else "no bundle"
+        raise ConfigError(
+            f"{folder} has {what}: cannot read {error.filename} ({error.strerror}).", param="bundle"
+        ) from (error)
+    if key is not None and not hmac.compare_digest(signature or "", _signature(text, key)):
+        raise ConfigError(f"{folder} is not signed with the key given.", param="bundle_key")
+    try:
+        manifest = json.loads(text)
+        origin = manifest["origin"]
+        if origin["format"] != FORMAT:
+            raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}.", param="bundle")
+        for name in ("flags", "token_buckets", "seq_buckets"):
+            origin[name] = tuple(origin[name])
+        return Bundle(
+            folder=folder,
+            topology=manifest["topology"],
+            origin=Origin(**origin),
+            settings=manifest["settings"],
+            cpu_features=tuple(manifest["cpu_features"]),
+            entries=tuple(Entry(**entry) for entry in manifest["entries"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / MANIFEST} is damaged: {error}.", param="bundle") from error
+
+
+def read_key(path: Path | None) -> bytes | None:
+    """The content of a key file without the white space around it; None without a file.
+
+    Raises:
+        ConfigError: It cannot be read or is empty.
+    """
+    if path is None:
+        return None
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"Cannot read the key {path}: {error.strerror}.", param="bundle_key") from error
+    if not key:
+        raise ConfigError(f"The key {path} is empty.", param="bundle_key")
+    return key
+
+
+def _signature(text: bytes, key: bytes) -> str:
+    return hmac.new(key, text, hashlib.sha256).hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from jaxserve.bench.kernel_names import JAX_PAGED, JAX_RAGGED, OURS
+from jaxserve.bench.kernel_names import ARRAY_SIZE, JAX_PAGED, JAX_RAGGED, OURS
 from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.api import paged_attention
 from jaxserve.pallas.paged_attention.inputs import AttentionLayer, RaggedBatch
@@ -45,7 +45,7 @@ class Program:
         tile_dmas: DMAs it starts for that.
         tile_flops: Operations of its two matmuls that count, without padding.
         hot_trips: Iterations of the loop that multiplies matrices for one tile; 1 if that is the KV loop itself.
-        other_trips: Iterations of other loops inside the KV loop.
+        unpack_trips: Iterations of the loop that puts a tile's keys and values in order, if there is one.
     """
 
     lowered: Any
@@ -54,7 +54,7 @@ class Program:
     tile_dmas: int
     tile_flops: float
     hot_trips: int = 1
-    other_trips: int = 1
+    unpack_trips: int = 0
 
 
 Lower = Callable[[AttentionShape, Chip, NamedSharding], Program]
@@ -70,16 +70,36 @@ def lower_jaxserve(shape: AttentionShape, chip: Chip, here: NamedSharding) -> Pr
         return paged_attention(q, k, v, pool, batch, layer, config=shape.config, target=target)
 
     lowered = jax.jit(run, donate_argnums=3).lower(*arrays.values(), batch, layer)
-    work = _decode_work(shape, chip) if shape.is_decode else _prefill_work(shape, chip)
-    return replace(work, lowered=lowered)
-
-
-def _decode_work(shape: AttentionShape, chip: Chip) -> Program:
-    raise NotImplementedError
+    return replace(_prefill_work(shape, chip), lowered=lowered)
 
 
 def _prefill_work(shape: AttentionShape, chip: Chip) -> Program:
-    raise NotImplementedError
+    from jaxserve.pallas.paged_attention.tpu.prefill_tiles import Core, Sizes, choose_tiles
+
+    sizes = Sizes(
+        page_size=shape.page_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        query_dtype=jnp.dtype(shape.dtype),
+        kv_dtype=jnp.dtype(shape.kv_dtype),
+        max_tokens=shape.num_tokens,
+        max_context=shape.pages_per_seq * shape.page_size,
+        sliding_window=None,
+    )
+    core = Core(wide_matmul=ARRAY_SIZE[chip.name] > ARRAY_SIZE["v5e"], vmem_bytes=chip.fast_bytes)
+    cut = sizes.cut(choose_tiles(sizes, core))
+    tokens = min(cut.tiles.query_tokens, shape.query_tokens)
+    units = -(-tokens // cut.tiles.block_tokens) * shape.num_kv_heads
+    return Program(
+        lowered=None,
+        kernel="paged_attention_prefill",
+        tile_bytes=cut.tile_tokens * 2 * shape.num_kv_heads * shape.head_dim * cut.kv_dtype.itemsize,
+        tile_dmas=cut.tiles.pages,
+        tile_flops=4.0 * tokens * shape.num_heads * cut.tile_tokens * shape.head_dim,
+        hot_trips=-(-units // cut.tiles.unroll),
+        unpack_trips=cut.tile_tokens // 16,
+    )
 
 
 def lower_jax_ragged(shape: AttentionShape, chip: Chip, here: NamedSharding) -> Program:

@@ -12,20 +12,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
 
-from jaxserve.bench.kernel_names import DECODES_ONLY
+from jaxserve.bench.kernel_names import ARRAY_SIZE, DECODES_ONLY
 from jaxserve.bench.schedule import KernelSchedule, Loop, read_kernels
 from jaxserve.core.errors import ConfigError, JaxserveError
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
 from jaxserve.sharding.chips import Chip
 from jaxserve.sharding.topology import Topology, run_deviceless
-
-ARRAY_SIZE: Mapping[str, int] = MappingProxyType({"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256})
-"""Rows, and columns, of a matrix unit."""
 
 MATRIX_UNITS = 4
 """Of a core: what the published peaks come to at the clocks the chips have."""
@@ -200,11 +196,11 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
         core: What it was compiled for.
 
     Raises:
-        ValueError: The kernel has no loop.
+        ValueError: The kernel has no loop that multiplies matrices.
     """
     hot = schedule.hot_loop
     if hot is None:
-        raise ValueError(f"{schedule.name} has no loop")
+        raise ValueError(f"{schedule.name} has no loop that multiplies matrices")
     cycles = tile_cycles(schedule, hot, answer)
     seconds = cycles / core.cycles_per_s
     issued = hot.mxu_fraction(array_size=core.array_size, flops_per_cycle=core.flops_per_cycle)
@@ -229,29 +225,35 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
 def tile_cycles(schedule: KernelSchedule, hot: Loop, answer: Mapping[str, Any]) -> int:
     """Cycles of an iteration of the KV loop.
 
-    That is the hot loop itself, or the loop around it if a tile takes several iterations of the hot loop; then the
-    loops beside it count too: what starts or awaits DMAs once a page, what multiplies matrices not at all (it serves
-    tiles that a border crosses), anything else as often as the kernel's tiles say.
+    That is the hot loop itself, or the loop around it if a tile takes several iterations of the hot loop. Then the
+    loops beside it count too, each as often as the kernel's tiles say: one that starts DMAs and one that awaits them,
+    once a page, and one that stores vectors and multiplies nothing, which unpacks.
 
     Args:
         schedule: The kernel.
         hot: Its hot loop.
         answer: Of `kernel_worker`.
     """
-    if answer["hot_trips"] == 1:
+    around = [loop for loop in schedule.loops if loop != hot and loop.start <= hot.start and hot.end <= loop.end]
+    if answer["hot_trips"] == 1 or not around:
         return hot.steady_cycles(answer["tile_dmas"])
-    around = [loop for loop in schedule.loops if loop.start <= hot.start and hot.end <= loop.end and loop != hot]
-    if not around:
-        return hot.own_cycles * int(answer["hot_trips"])
     outer = max(around, key=lambda loop: loop.depth)
-    total = outer.own_cycles + hot.own_cycles * int(answer["hot_trips"])
-    for loop in schedule.loops:
-        if loop.depth == outer.depth + 1 and outer.start <= loop.start and loop.end <= outer.end and loop != hot:
-            if loop.matmuls:
-                continue
-            trips = answer["tile_dmas"] if loop.dma_starts or loop.dma_waits else answer["other_trips"]
-            total += loop.own_cycles * int(trips)
-    return total
+    beside = [
+        loop for loop in schedule.loops if outer.start < loop.start and loop.end <= outer.end and not loop.matmuls
+    ]
+    starts = [loop.own_cycles for loop in beside if loop.dma_bytes]
+    waits = [loop.own_cycles for loop in beside if loop.dma_waits and not loop.dma_starts]
+    unpacks = [
+        loop.own_cycles
+        for loop in beside
+        if loop.used_slots.get("VSTORE", 0) and not loop.dma_starts and not loop.dma_waits
+    ]
+    return (
+        outer.own_cycles
+        + hot.own_cycles * int(answer["hot_trips"])
+        + int(answer["tile_dmas"]) * (max(starts, default=0) + max(waits, default=0))
+        + int(answer["unpack_trips"]) * min(unpacks, default=0)
+    )
 
 
 def table(topology: Topology, reports: Sequence[StaticReport | Failure]) -> Table:

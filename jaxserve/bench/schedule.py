@@ -146,8 +146,12 @@ class KernelSchedule:
 
     @property
     def hot_loop(self) -> Loop | None:
-        """The innermost loop with the most cycles of its own: where the time goes; None without a loop."""
-        return max(self.loops, key=lambda loop: (bool(loop.matmuls), loop.own_cycles), default=None)
+        """The innermost loop that multiplies matrices, where the time goes; None if none does.
+
+        Of several such loops it is the shortest: the others do the same with what borders need besides.
+        """
+        multiplying = [loop for loop in self.loops if loop.matmuls]
+        return min(multiplying, key=lambda loop: (-loop.depth, loop.own_cycles), default=None)
 
 
 def read_kernels(folder: Path) -> list[KernelSchedule]:

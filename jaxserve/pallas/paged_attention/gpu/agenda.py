@@ -3,7 +3,7 @@
 A context is split at multiples of `Splits.tokens` of the position, so a sequence's splits do not depend on the batch.
 Items are (split, KV head) of all decoding sequences, one after another; the number of an item's sequence is found by
 bisecting the sequences' first items. Each warpgroup makes this list for itself when it starts, in its own shared
-memory: that takes a microsecond, less than launching anything before the kernel would.
+memory, so that nothing has to be launched before the kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A decode step on the device, beside the least it can take: all weights and all visible keys and values read once.
+"""A decode step on the device, beside two things it cannot be faster than.
+
+One is the time that reading all weights and all visible keys and values once takes at the bandwidth of the memory. The
+other is what XLA takes for the step's matmuls alone: the same kernels, held and contracted the same way, with neither
+attention nor norms nor sampler between them.
 
 The programs are the ones that serve, with the arguments that serving gives them. Steps are dispatched one after another
 without waiting, as the engine does, and the time of many is divided by their number, so that what the host takes for
@@ -10,10 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from flax import nnx
+from jaxtyping import Array, Float
 from rich.table import Table
 
 from jaxserve.core.errors import ConfigError
@@ -21,9 +29,10 @@ from jaxserve.engine.batch import StepInput
 from jaxserve.engine.compile import Executables, compile_programs
 from jaxserve.engine.programs import Replica, programs
 from jaxserve.models.costs import CostModel, StepShape, device_bytes
+from jaxserve.models.decoder import Blueprint
 
-ROUNDS = 5
-"""Times everything is measured; the median counts."""
+ROUNDS = 9
+"""Turns in which everything is measured; the median counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +44,7 @@ class StepTime:
         context_len: Tokens each of them sees.
         decode_ms: The model's part.
         step_ms: Model, logits and sampler.
+        matmul_ms: The step's matmuls alone, those of the logits included.
         memory_bytes: The least the step moves in one device's memory.
         bandwidth: Bytes a second of the device's memory, measured in the same run.
     """
@@ -43,6 +53,7 @@ class StepTime:
     context_len: int
     decode_ms: float
     step_ms: float
+    matmul_ms: float
     memory_bytes: int
     bandwidth: float
 
@@ -58,15 +69,17 @@ class StepTime:
             "context_len": self.context_len,
             "decode_ms": self.decode_ms,
             "step_ms": self.step_ms,
+            "matmul_ms": self.matmul_ms,
             "memory_bytes": self.memory_bytes,
             "bandwidth_bytes_per_s": self.bandwidth,
             "floor_ms": self.floor_ms,
             "step_over_floor": self.step_ms / self.floor_ms,
+            "step_over_matmuls": self.step_ms / self.matmul_ms,
         }
 
 
 def measure_steps(
-    replica: Replica, params: Mapping[str, Array], sizes: Sequence[tuple[int, int]], *, repeats: int = 20
+    replica: Replica, params: Mapping[str, Array], sizes: Sequence[tuple[int, int]], *, repeats: int = 5
 ) -> list[StepTime]:
     """Measures decode steps.
 
@@ -123,6 +136,7 @@ class _Device:
             ids: Array = sampled.token_ids
             return ids
 
+        seconds = seconds_of([decode, step, self._matmuls(size, rows)], repeats)
         layout = replica.layout
         costs = CostModel(
             blueprint=replica.blueprint,
@@ -133,11 +147,44 @@ class _Device:
         return StepTime(
             num_seqs=num_seqs,
             context_len=context_len,
-            decode_ms=1e3 * seconds_of(decode, repeats),
-            step_ms=1e3 * seconds_of(step, repeats),
+            decode_ms=1e3 * seconds[0],
+            step_ms=1e3 * seconds[1],
+            matmul_ms=1e3 * seconds[2],
             memory_bytes=costs.work(StepShape.decode(num_seqs, context_len)).memory_bytes,
             bandwidth=bandwidth,
         )
+
+    def _matmuls(self, size: int, rows: int) -> Callable[[], Array]:
+        """The matmuls of a step alone, as a call."""
+        spec, dtype = self._replica.blueprint.spec, self._replica.blueprint.dtype
+        hidden = jax.random.normal(jax.random.key(1), (size, spec.hidden_size), dtype)
+        run = jax.jit(partial(matmuls, blueprint=self._replica.blueprint, num_scored=rows))
+        return lambda: run(self._params, hidden)
+
+
+def matmuls(
+    params: Mapping[str, Array], hidden: Float[Array, "T D"], *, blueprint: Blueprint, num_scored: int
+) -> Float[Array, " S"]:
+    """Every matmul of a step and nothing else, each fed with what the one before it gave.
+
+    Args:
+        params: Parameters as programs hold them.
+        hidden: What the first layer is given.
+        blueprint: The decoder.
+        num_scored: Rows that get logits.
+    """
+    model = blueprint.bind(params)
+    graph, stacked = nnx.split(model.layers)
+
+    def layer(x: Array, held: nnx.State[Any, Any]) -> tuple[Array, None]:
+        each = nnx.merge(graph, held)
+        attended = each.attn.out(each.attn.qkv(x)[:, :, : each.attn.group])
+        return each.mlp.down(each.mlp.gate_up(attended)[:, 0]), None
+
+    last, _ = jax.lax.scan(layer, hidden, stacked)
+    rows = last[jnp.arange(num_scored) % last.shape[0]]
+    # One value a row is enough to keep the logits alive.
+    return jnp.max(model.logits(rows), axis=1)
 
 
 def step_input(replica: Replica, num_seqs: int, context_len: int) -> StepInput:
@@ -156,17 +203,23 @@ def step_input(replica: Replica, num_seqs: int, context_len: int) -> StepInput:
     return StepInput(packed=packed, page_table=table)
 
 
-def seconds_of(call: Callable[[], Array], repeats: int) -> float:
-    """Median seconds of a call, each round dispatching many before it waits."""
-    jax.block_until_ready(call())
-    rounds = []
+def seconds_of(calls: Sequence[Callable[[], Array]], repeats: int) -> list[float]:
+    """Median seconds of each call, in turns, so that a machine that is busy now and then is so for all of them.
+
+    Args:
+        calls: What to time; each dispatches work and returns what to wait for.
+        repeats: How often a call is dispatched in a turn before it is waited for.
+    """
+    jax.block_until_ready([call() for call in calls])
+    turns: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
-        started = time.perf_counter()
-        for _ in range(repeats):
-            last = call()
-        jax.block_until_ready(last)
-        rounds.append((time.perf_counter() - started) / repeats)
-    return float(np.median(rounds))
+        for seconds, call in zip(turns, calls, strict=True):
+            started = time.perf_counter()
+            for _ in range(repeats):
+                last = call()
+            jax.block_until_ready(last)
+            seconds.append((time.perf_counter() - started) / repeats)
+    return [float(np.median(seconds)) for seconds in turns]
 
 
 def memory_bandwidth() -> float:
@@ -181,13 +234,18 @@ def memory_bandwidth() -> float:
         return values
 
     moved: int = 2 * values.nbytes
-    return moved / seconds_of(call, 10)
+    return moved / seconds_of([call], 10)[0]
 
 
 def table(times: Sequence[StepTime]) -> Table:
     """A row for each step."""
-    grid = Table("sequences", "context", "decode, ms", "step, ms", "floor, ms", "step / floor", "GB/s of memory")
+    grid = Table(
+        "seqs", "context", "decode, ms", "step, ms", "matmuls, ms", "step / matmuls", "floor, ms", "step / floor"
+    )
     for each in times:
-        figures = (each.decode_ms, each.step_ms, each.floor_ms, each.step_ms / each.floor_ms, each.bandwidth / 1e9)
+        ratios = (each.step_ms / each.matmul_ms, each.floor_ms, each.step_ms / each.floor_ms)
+        figures = (each.decode_ms, each.step_ms, each.matmul_ms, *ratios)
         grid.add_row(str(each.num_seqs), str(each.context_len), *(f"{figure:.2f}" for figure in figures))
+    if times:
+        grid.caption = f"Floor: weights, keys and values read once at {times[0].bandwidth / 1e9:.1f} GB/s."
     return grid

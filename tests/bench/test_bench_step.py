@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_engine import CONFIG, SPEC, placed
 
-from jaxserve.bench.step import measure_steps, step_input, table
+from jaxserve.bench.step import matmuls, measure_steps, step_input, table
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.batch import unpack
 from jaxserve.engine.programs import Replica
@@ -42,6 +43,20 @@ def test_times_and_bytes(replica: Replica) -> None:
     assert times[1].memory_bytes - times[0].memory_bytes == 512 * (4 * 100 + 4 - 8 - 1) + 3 * 64 * 4
     assert times[0].floor_ms == pytest.approx(1e3 * times[0].memory_bytes / times[0].bandwidth)
     assert table(times).row_count == 2
+
+
+def test_the_matmuls_alone_are_all_of_the_step_s_matmuls(replica: Replica) -> None:
+    params = replica.hold(placed(SPEC, replica))
+    hidden = jnp.ones((8, SPEC.hidden_size))
+    compute = partial(matmuls, blueprint=replica.blueprint, num_scored=4)
+    scores = compute(params, hidden)
+    assert scores.shape == (4,)
+    # Every kernel takes part: without any one of them the result is another.
+    for path in params:
+        changed = compute({**params, path: params[path] * 2}, hidden)
+        assert np.any(np.asarray(changed) != np.asarray(scores)) == path.endswith((".kernel", "lm_head.table")), path
+    operations = jax.jit(compute).lower(params, hidden).as_text()
+    assert operations.count("dot_general") == 5
 
 
 def test_a_pool_that_is_too_small_is_refused(replica: Replica) -> None:

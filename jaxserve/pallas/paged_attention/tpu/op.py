@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.cache import encode
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.tpu.prefill import prefill
+from jaxserve.quant.bits import from_storage
 
 
 def paged_attention_tpu(
@@ -24,7 +26,10 @@ def paged_attention_tpu(
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
     num_tokens, num_kv_heads, head_dim = k.shape
+    # A pool held as bits is a CPU's, in the interpreter; kernels read the floats that it means.
+    held, kv_pages = kv_pages.dtype, from_storage(kv_pages)
     new = jnp.stack([encode(k, layer.k_scale, kv_pages.dtype), encode(v, layer.v_scale, kv_pages.dtype)], axis=2)
     new_kv = new.reshape(num_tokens, 2 * num_kv_heads, head_dim)
     chunks = replace(batch, num_decodes=jnp.zeros_like(batch.num_decodes))
-    return prefill(q, new_kv, kv_pages, jnp.zeros_like(q), chunks, layer, config=config)
+    out, kv_pages = prefill(q, new_kv, kv_pages, jnp.zeros_like(q), chunks, layer, config=config)
+    return out, jax.lax.bitcast_convert_type(kv_pages, held)

@@ -17,19 +17,26 @@ masked. Row sums are kept as 128 partial sums and added up at the end.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
+    aligned,
+    divide,
+    keys_or_values,
+    load_queries,
+    store,
+    unpack,
+)
+from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, copy_out, copy_queries
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import (
     LANES,
     Core,
@@ -40,76 +47,8 @@ from jaxserve.pallas.paged_attention.tpu.prefill_tiles import (
 )
 
 LOG2_E = math.log2(math.e)
-START = -1e30
-"""Maximum of no logits; finite, so that a masked logit, -inf, weighs 0 beside it."""
 
-Ref: TypeAlias = Any
-Copy: TypeAlias = Any
-Scalar: TypeAlias = Int32[Array, ""]
 Carry: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
-
-
-class Refs(NamedTuple):
-    """Everything the kernel touches."""
-
-    # SMEM: [page_offset, num_decodes, num_seqs]; page table, flat; context_lens; query_starts; [query and value factor]
-    counts: Ref
-    table: Ref
-    contexts: Ref
-    starts: Ref
-    factors: Ref
-    # HBM: [T, N, H], [T, 2K, H]; results aliased to arguments
-    queries: Ref
-    new: Ref
-    out: Ref
-    pages: Ref
-    # VMEM: [N, 128], base-2 logits, or None
-    sinks: Ref | None
-    # VMEM: what DMAs fill and empty
-    raw_queries: Ref
-    raw_kv: Ref
-    raw_out: Ref
-    # VMEM: rows of all heads and KV rows of all heads, by token, float32
-    stage: Ref
-    kv_stage: Ref
-    # VMEM, keys and values by KV head
-    k: Ref
-    v: Ref
-    # VMEM, rows by block and KV head, with one more unit: queries, and the running softmax in float32
-    q: Ref
-    peak: Ref
-    total: Ref
-    acc: Ref
-    # VMEM, two units in flight: logits and maximum
-    logits: Ref
-    peaks: Ref
-    queries_done: Ref
-    kv_done: Ref
-    out_done: Ref
-    writes_done: Ref
-
-
-class Item(NamedTuple):
-    """A query tile of a chunk."""
-
-    seq: Scalar
-    tile: Scalar
-    # rows of the batch, and position of the first token
-    row: Scalar
-    tokens: Scalar
-    position: Scalar
-    # KV tiles that its queries see
-    first: Scalar
-    end: Scalar
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is static."""
-
-    geometry: Geometry
-    config: AttentionConfig
-    pages_per_seq: int
 
 
 def prefill(
@@ -233,19 +172,19 @@ def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
         seq, tile, fetched, row, tokens = carry
         item = _item(plan, refs, seq, tile)
         following = _following(plan, refs, item)
-        _load_queries(plan, refs, item)
+        load_queries(plan, refs, item)
 
         def visit(j: Scalar, slot: Scalar) -> Scalar:
             _prefetch(plan, refs, item, following, j + 1, 1 - slot)
             _wait_kv(plan, refs, item, j, slot)
-            _unpack(plan, refs, item, j, slot)
+            unpack(plan, refs, item, j, slot)
             _attend_tile(plan, refs, item, j)
             return 1 - slot
 
         slot = jax.lax.fori_loop(item.first, item.end, visit, fetched)
-        _divide(plan, refs, item)
+        divide(plan, refs, item)
         _wait_out(refs, row, tokens)
-        _store(plan, refs, item)
+        store(plan, refs, item)
         return (*following, slot, item.row, item.tokens)
 
     zero = jnp.int32(0)
@@ -305,22 +244,12 @@ def _write_pages(plan: Plan, refs: Refs, seq: Scalar, *, wait: bool) -> None:
     jax.lax.fori_loop(begin // size, pl.cdiv(end, size), copy, None)
 
 
-def _copy_queries(refs: Refs, item: Item) -> Copy:
-    rows = pl.ds(0, item.tokens)
-    source = refs.queries.at[pl.ds(item.row, item.tokens)]
-    return pltpu.make_async_copy(source, refs.raw_queries.at[rows], refs.queries_done)
-
-
-def _copy_out(refs: Refs, row: Scalar, tokens: Scalar) -> Copy:
-    return pltpu.make_async_copy(refs.raw_out.at[pl.ds(0, tokens)], refs.out.at[pl.ds(row, tokens)], refs.out_done)
-
-
 def _wait_out(refs: Refs, row: Scalar, tokens: Scalar) -> None:
     """Waits until the rows of the item before have left."""
 
     @pl.when(tokens > 0)
     def _() -> None:
-        _copy_out(refs, row, tokens).wait()
+        copy_out(refs, row, tokens).wait()
 
 
 def _copy_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar, *, wait: bool) -> None:
@@ -344,7 +273,7 @@ def _wait_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> Non
 
 def _start_item(plan: Plan, refs: Refs, item: Item, slot: Scalar) -> None:
     """Starts the copies of an item's first KV tile, after its chunk's pages have been written."""
-    _copy_queries(refs, item).start()
+    copy_queries(refs, item).start()
 
     @pl.when(item.tile == 0)
     def _() -> None:
@@ -368,127 +297,6 @@ def _prefetch(plan: Plan, refs: Refs, item: Item, following: tuple[Scalar, Scala
     @pl.when((j >= item.end) & (following[0] < refs.counts[2]))
     def _() -> None:
         _start_item(plan, refs, _item(plan, refs, *following), slot)
-
-
-def _load_queries(plan: Plan, refs: Refs, item: Item) -> None:
-    """Waits for the item's queries, scales them, puts them in order by KV head, and resets the running softmax."""
-    g = plan.geometry
-    block, stride = g.tiles.block_tokens, g.head_stride
-    _copy_queries(refs, item).wait()
-    num_blocks, groups = pl.cdiv(item.tokens, block), g.num_heads // g.heads_at_once
-    total = 0.0 if refs.sinks is None else 1.0 if g.tiles.sum_by_matmul else 1 / LANES
-
-    def spread(i: Scalar, _: None) -> None:
-        for u in range(8):
-            t = i * 8 + u
-            row = refs.raw_queries[t].astype(jnp.float32) * refs.factors[0]
-            for c in range(g.lanes // LANES):
-                part = row[:, c * LANES : (c + 1) * LANES]
-                refs.stage[c, pl.ds(t * stride, g.num_heads), : part.shape[1]] = part
-
-    jax.lax.fori_loop(0, num_blocks * (block // 8), spread, None)
-
-    def gather(i: Scalar, _: None) -> None:
-        r, n = i // groups, jax.lax.rem(i, groups) * g.heads_at_once
-        for u in range(g.heads_at_once):
-            rows = pl.ds(_aligned((r * g.num_heads + n + u) * block, 16), block)
-            for c in range(g.lanes // LANES):
-                part = refs.stage[c, pl.ds(r * (block * stride) + n + u, block, stride=stride), :]
-                refs.q[rows, c * LANES : (c + 1) * LANES] = _within(g, c, part).astype(g.dtype)
-            if refs.sinks is not None:
-                refs.peak[rows, :] = jnp.broadcast_to(refs.sinks[pl.ds(n + u, 1), :], (block, LANES))
-            else:
-                refs.peak[rows, :] = jnp.full((block, LANES), START, jnp.float32)
-            refs.total[rows, :] = jnp.full((block, LANES), total, jnp.float32)
-            refs.acc[rows, :] = jnp.zeros((block, g.lanes), jnp.float32)
-
-    jax.lax.fori_loop(0, num_blocks * groups, gather, None)
-
-
-def _within(g: Geometry, c: int, x: Array) -> Array:
-    """Zeros in lanes past the head dim, which take part in the matmuls; x is chunk c of 128 lanes."""
-    if g.head_dim >= (c + 1) * LANES:
-        return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(lane < g.head_dim - c * LANES, x, jnp.float32(0))
-
-
-def _aligned(x: Scalar, multiple: int) -> Scalar:
-    hinted: Scalar = pl.multiple_of(x, multiple)
-    return hinted
-
-
-def _unpack(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None:
-    """Puts a KV tile's keys and values in order by head; values that no query of the item sees become zeros."""
-    g = plan.geometry
-    low = jnp.int32(0)
-    if plan.config.sliding_window is not None:
-        low = item.position - (plan.config.sliding_window - 1)
-    low, high = low - j * g.tile_tokens, item.position + item.tokens - j * g.tile_tokens
-    if plan.geometry.words:
-        _unpack_words(plan, refs, slot, low, high)
-        return
-    stage = refs.kv_stage
-
-    def spread(i: Scalar, _: None) -> None:
-        for u in range(8):
-            t = i * 8 + u
-            row = refs.raw_kv[slot, t].astype(jnp.float32)
-            for c in range(g.lanes // LANES):
-                part = row[:, c * LANES : (c + 1) * LANES]
-                stage[c, pl.ds(t * g.kv_stride, 2 * g.num_kv_heads), : part.shape[1]] = part
-
-    jax.lax.fori_loop(0, g.tile_tokens // 8, spread, None)
-    place = jax.lax.broadcasted_iota(jnp.int32, (g.tile_tokens, LANES), 0)
-    seen = (place >= low) & (place < high)
-
-    def gather(h: Scalar, _: None) -> None:
-        for c in range(g.lanes // LANES):
-            at = slice(c * LANES, (c + 1) * LANES)
-            keys = stage[c, pl.ds(2 * h, g.tile_tokens, stride=g.kv_stride), :]
-            values = stage[c, pl.ds(2 * h + 1, g.tile_tokens, stride=g.kv_stride), :]
-            refs.k[h, :, at] = _within(g, c, keys).astype(g.dtype)
-            refs.v[h, :, at] = _within(g, c, jnp.where(seen, values, jnp.float32(0))).astype(g.dtype)
-
-    jax.lax.fori_loop(0, g.num_kv_heads, gather, None)
-
-
-def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scalar) -> None:
-    """The same where a word holds a token's key and value of one head: two tokens' words become one of each."""
-    g = plan.geometry
-    lower, upper = jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000)
-
-    def pairs(i: Scalar, _: None, *, edge: bool) -> None:
-        for u, first in itertools.product(range(8), range(0, 2 * g.num_kv_heads, g.packed_rows)):
-            t, heads = i * 16 + 2 * u, g.packed_rows // 2
-            parts = (refs.raw_kv[slot, t + n, first : first + g.packed_rows, :] for n in (0, 1))
-            a, b = (pltpu.bitcast(part.astype(jnp.bfloat16), jnp.uint32) for part in parts)
-            keys, values = (a & lower) | (b << 16), (a >> 16) | (b & upper)
-            if edge:
-                keep_a = jnp.where((t >= low) & (t < high), lower, jnp.uint32(0))
-                keep_b = jnp.where((t + 1 >= low) & (t + 1 < high), upper, jnp.uint32(0))
-                values = values & (keep_a | keep_b)
-            rows = pl.ds(i * 8 + u + first // 2 * g.word_stride, heads, stride=g.word_stride)
-            for c in range(g.lanes // LANES):
-                refs.k[c, rows, :] = keys[:, c * LANES : (c + 1) * LANES]
-                refs.v[c, rows, :] = values[:, c * LANES : (c + 1) * LANES]
-
-    is_edge = (low > 0) | (high < g.tile_tokens)
-    for edge in (False, True):
-
-        @pl.when(is_edge == edge)
-        def _(edge: bool = edge) -> None:
-            jax.lax.fori_loop(0, g.tile_tokens // 16, functools.partial(pairs, edge=edge), None)
-
-
-def _keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
-    """Keys or values of one head, [tile, H]."""
-    g = plan.geometry
-    if not plan.geometry.words:
-        whole: Array = ref[h]
-        return whole
-    rows = pl.ds(h * g.word_stride, g.tile_tokens // 2)
-    return jnp.concatenate([pltpu.bitcast(ref[c, rows, :], jnp.bfloat16) for c in range(g.lanes // LANES)], axis=1)
 
 
 def _attend_tile(plan: Plan, refs: Refs, item: Item, j: Scalar) -> None:
@@ -554,14 +362,14 @@ def _attend_units(
 
 
 def _rows(g: Geometry, unit: Scalar) -> Ref:
-    return pl.ds(_aligned(unit * g.block_rows, 16), g.block_rows)
+    return pl.ds(aligned(unit * g.block_rows, 16), g.block_rows)
 
 
 def _score(plan: Plan, refs: Refs, unit: Scalar, slot: int, ahead: Scalar | None) -> None:
     """Logits of a unit, and the maximum so far."""
     g = plan.geometry
     rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
-    x = _matmul(g, refs.q[rows, :], _keys_or_values(plan, refs.k, h), 1)
+    x = _matmul(g, refs.q[rows, :], keys_or_values(plan, refs.k, h), 1)
     if plan.config.soft_cap is not None:
         x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
     if ahead is not None:
@@ -579,7 +387,7 @@ def _weigh(plan: Plan, refs: Refs, unit: Scalar, slot: int) -> None:
     decay = jnp.exp2(refs.peak[rows, :] - peak)
     refs.peak[rows, :] = peak
     weights = [jnp.exp2(refs.logits[slot, :, c : c + LANES] - peak) for c in range(0, g.tile_tokens, LANES)]
-    values = _keys_or_values(plan, refs.v, h)
+    values = keys_or_values(plan, refs.v, h)
     if g.tiles.sum_by_matmul:
         values = jnp.concatenate([values, jnp.ones((g.tile_tokens, LANES), g.dtype)], axis=1)
     added = _matmul(g, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
@@ -605,37 +413,3 @@ def _visible(plan: Plan, ahead: Scalar) -> Array:
     if plan.config.sliding_window is not None:
         visible &= distance < plan.config.sliding_window
     return jnp.concatenate([visible] * g.group, axis=0)
-
-
-def _divide(plan: Plan, refs: Refs, item: Item) -> None:
-    """Divides by the sums and puts the item's rows in order by token."""
-    g = plan.geometry
-    block, stride, groups = g.tiles.block_tokens, g.head_stride, g.num_heads // g.heads_at_once
-
-    def scatter(i: Scalar, _: None) -> None:
-        r, n = i // groups, jax.lax.rem(i, groups) * g.heads_at_once
-        for u in range(g.heads_at_once):
-            rows = pl.ds(_aligned((r * g.num_heads + n + u) * block, 16), block)
-            total = refs.total[rows, :]
-            if not g.tiles.sum_by_matmul:
-                total = jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
-            for c in range(g.lanes // LANES):
-                part = refs.acc[rows, c * LANES : (c + 1) * LANES] * (refs.factors[1] / total)
-                refs.stage[c, pl.ds(r * (block * stride) + n + u, block, stride=stride), :] = part
-
-    jax.lax.fori_loop(0, pl.cdiv(item.tokens, block) * groups, scatter, None)
-
-
-def _store(plan: Plan, refs: Refs, item: Item) -> None:
-    """Sends the item's rows on their way."""
-    g = plan.geometry
-
-    def collect(i: Scalar, _: None) -> None:
-        for u in range(8):
-            t = i * 8 + u
-            at = pl.ds(t * g.head_stride, g.num_heads)
-            parts = [refs.stage[c, at, : min(LANES, g.head_dim - c * LANES)] for c in range(g.lanes // LANES)]
-            refs.raw_out[t] = jnp.concatenate(parts, axis=1).astype(g.query_dtype)
-
-    jax.lax.fori_loop(0, pl.cdiv(item.tokens, 8), collect, None)
-    _copy_out(refs, item.row, item.tokens).start()

@@ -131,7 +131,7 @@ def fit_table(model: str, workload: Workload, candidates: Sequence[Candidate], p
 def _memory_table(plan: Plan) -> Table:
     memory = plan.memory
     assert memory is not None
-    grid = Table("a device's memory", "GiB", title=f"{plan.model} on {plan.topology}, {flags(plan)}")
+    grid = Table("a device's memory", "GiB", title=f"{plan.model} on {plan.topology}, {flags(plan)}", min_width=78)
     parts = {
         "weights": memory.weights,
         "KV cache": memory.kv,
@@ -143,8 +143,18 @@ def _memory_table(plan: Plan) -> Table:
     for name, size in parts.items():
         grid.add_row(name, f"{size / GIB:.2f}")
     lengths = ", ".join(f"{count} of {length}" for length, count in plan.sequences.items())
-    grid.caption = f"The pool holds {plan.kv_tokens:,} tokens; sequences at once: {lengths}."
+    report = plan.report
+    assert report is not None
+    grid.caption = (
+        f"The pool holds {plan.kv_tokens:,} tokens in {report.num_pages} pages of {report.page_size}; sequences at once: "
+        f"{lengths}. Decoder compiled for {_list(report.token_buckets)} tokens, head for {_list(report.seq_buckets)} "
+        "sequences."
+    )
     return grid
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _step_table(plan: Plan) -> Table:

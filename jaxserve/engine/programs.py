@@ -2,8 +2,9 @@
 
 A step is two of them: `decode` runs the model over a ragged batch of T tokens and keeps each sequence's last hidden
 state; `head` scores the first S of those and samples. `score` says how likely prompt tokens were, for steps in which
-somebody asks. `admit` loads a slot, `copy_pages` copies on write. Ahead-of-time compilation and serving lower these
-same functions from the same abstract arguments.
+somebody asks. `admit` loads a slot, `copy_pages` copies on write, `allocate` makes the pool, and `hold` gives a loaded
+parameter the dtype and order that programs take. Ahead-of-time compilation and serving lower these same functions from
+the same abstract arguments.
 """
 
 from __future__ import annotations
@@ -97,17 +98,41 @@ class Replica:
             structs[path] = jax.ShapeDtypeStruct(info.shape, dtype, sharding=place)
         return structs
 
-    def hold(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        """Loaded parameters as programs take them; the ones passed in are given up."""
-        held = {}
-        for path, struct in self.abstract_params().items():
-            value = params[path]
-            if value.dtype != struct.dtype:
-                value = jax.jit(partial(to_storage, dtype=struct.dtype), donate_argnums=0)(value)
-            if isinstance(struct.format.layout, Layout):
-                value = jax.device_put(value, struct.format, donate=True)
-            held[path] = value
+    def loaded_otherwise(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those parameters that are loaded in another dtype or order than programs take, as they are loaded."""
+        infos = self.blueprint.params()
+        return {
+            path: jax.ShapeDtypeStruct(struct.shape, infos[path].dtype, sharding=struct.sharding)
+            for path, struct in self.abstract_params().items()
+            if infos[path].dtype != struct.dtype or isinstance(struct.format.layout, Layout)
+        }
+
+    def hold(self, params: Mapping[str, Array], executables: Mapping[Key, Any] | None = None) -> dict[str, Array]:
+        """Loaded parameters as programs take them; the ones passed in are given up.
+
+        Args:
+            params: By path.
+            executables: The compiled "hold" programs; without them they are compiled here.
+        """
+        run = executables or {program.key: program.function for program in self.holders()}
+        held = dict(params)
+        for index, path in enumerate(self.loaded_otherwise()):
+            held[path] = run["hold", index](held[path])
         return held
+
+    def holders(self) -> list[Program]:
+        """A program for each parameter that is loaded otherwise than programs take it."""
+        wanted = self.abstract_params()
+        result = []
+        for index, (path, struct) in enumerate(self.loaded_otherwise().items()):
+            pinned = isinstance(wanted[path].format.layout, Layout)
+            function = _jit(
+                partial(to_storage, dtype=wanted[path].dtype),
+                donate=() if pinned else (0,),
+                out=wanted[path].format if pinned else struct.sharding,
+            )
+            result.append(Program(key=("hold", index), function=function, args=(struct,)))
+        return result
 
     def init_sampling(self) -> SamplingState:
         """The sampler's state with no slot taken."""
@@ -254,7 +279,8 @@ def programs(replica: Replica) -> list[Program]:
     copy = partial(copy_pages, num_layers=replica.layout.num_layers, mesh=replica.mesh)
     function = _jit(copy, donate=(0,), out=held)
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
-    return result
+    result.append(Program(key=("allocate", 0), function=_jit(replica.layout.zeros, donate=(), out=held), args=()))
+    return result + replica.holders()
 
 
 def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form

@@ -88,10 +88,10 @@ class DeviceRunner:
 
     def __init__(self, replica: Replica, params: Mapping[str, Array], executables: Executables) -> None:
         self._replica = replica
-        self._params = replica.hold(params)
+        self._params = replica.hold(params, executables)
         self._executables = executables
         self._builder = self._new_builder()
-        self._kv_pages = replica.layout.allocate(replica.mesh)
+        self._kv_pages = executables["allocate", 0]()
         self._sampling = replica.init_sampling()
 
     def execute(self, step: ScheduledStep) -> DeviceStep:
@@ -121,7 +121,7 @@ class DeviceRunner:
     def reset(self) -> None:
         """Makes the KV pool and the sampler's state anew; what a failed step left behind is unusable."""
         self._builder = self._new_builder()
-        self._kv_pages = self._replica.layout.allocate(self._replica.mesh)
+        self._kv_pages = self._executables["allocate", 0]()
         self._sampling = self._replica.init_sampling()
         jax.block_until_ready(self._kv_pages)
 

@@ -84,12 +84,13 @@ class PoolLayout:
         """The pool before it exists."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.format(mesh))
 
+    def zeros(self) -> Array:
+        """An empty pool; jit it with `format` as the sharding of its result."""
+        return jnp.zeros(self.shape, self.dtype)
+
     def allocate(self, mesh: Mesh) -> Array:
-        """A pool of zeros."""
-        zeros = partial(jnp.zeros, self.shape, self.dtype)
-        if _platform(mesh) != "tpu":
-            return zeros(device=self.sharding(mesh))
-        made: Array = jax.jit(zeros, out_shardings=self.format(mesh))()
+        """An empty pool on the devices."""
+        made: Array = jax.jit(self.zeros, out_shardings=self.format(mesh))()
         return made
 
 

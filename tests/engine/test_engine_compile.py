@@ -45,7 +45,7 @@ def test_every_step_has_a_bucket(tokens: tuple[int, ...], seqs: tuple[int, ...],
 
 def test_every_step_within_the_limits_is_compiled(tiny: Compiled) -> None:
     buckets, resolved = tiny.replica.buckets, tiny.resolved
-    used = {("admit", 0), ("copy_pages", 0)}
+    used = {("admit", 0), ("copy_pages", 0), ("allocate", 0)}
     for num_tokens in range(1, resolved.max_num_batched_tokens + 1):
         used |= {(name, buckets.tokens_for(num_tokens)) for name in ("decode", "score")}
     used |= {("head", buckets.seqs_for(num_seqs)) for num_seqs in range(1, resolved.max_num_seqs + 1)}

@@ -146,7 +146,7 @@ def _memory_table(plan: Plan) -> Table:
     report = plan.report
     assert report is not None
     grid.caption = (
-        f"The pool holds {plan.kv_tokens:,} tokens in {report.num_pages} pages of {report.page_size}; sequences at once: "
+        f"The pool holds {plan.kv_tokens:,} tokens, {report.num_pages} pages of {report.page_size}; sequences at once: "
         f"{lengths}. Decoder compiled for {_list(report.token_buckets)} tokens, head for {_list(report.seq_buckets)} "
         "sequences."
     )

@@ -233,14 +233,17 @@ def oracle(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> np.ndar
 def exact(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> Exact:
     """The oracle, with the error that the dtypes allow, element by element.
 
-    An output is sum_i w_i v_i. Its weights may be rounded to q's dtype before they meet the values, and so may the
-    queries once scaled: each costs half an ulp of every term, so eps * sum_i w_i |v_i| in all. float32 inside adds
-    64 of its eps (a sum of up to hundreds of terms), times the largest logit, for an error of a logit is a relative
-    error of a weight. The output is rounded to q's dtype: half an ulp of itself.
+    An output is o = sum_i w_i v_i. Its weights may be rounded to q's dtype before they meet the values and again in
+    their sum: eps * sum_i w_i |v_i|. Queries may be rounded once they are scaled: every product of a logit is off by a
+    random eps / sqrt(12) of itself, so logit i has a standard deviation s_i and the output one of
+    sqrt(sum_i (w_i s_i (v_i - o))^2), of which 5 are allowed. float32 inside adds 64 of its eps (a sum of up to
+    hundreds of terms), times the largest logit. The output is rounded to q's dtype: half an ulp of itself.
     """
     k_scale = 1.0 if case.k_scale is None else float(case.k_scale)
     v_scale = 1.0 if case.v_scale is None else float(case.v_scale)
-    out, size, peaks = np.zeros(case.q.shape), np.zeros(case.q.shape), np.zeros((*case.q.shape[:2], 1))
+    out, size, drift = (np.zeros(case.q.shape) for _ in range(3))
+    peaks = np.zeros((*case.q.shape[:2], 1))
+    eps = float(ml_dtypes.finfo(case.q.dtype).eps)
     group = case.q.shape[1] // case.k.shape[1]
     for s, rows in enumerate(case.rows()):
         kv = from_pool(kv_pages[case.places(s, range(case.lengths[s].context))]).astype(np.float64)
@@ -250,7 +253,8 @@ def exact(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> Exact:
             for n in range(case.q.shape[1]):
                 keys = kv[first : position + 1, 2 * (n // group)] * k_scale
                 values = kv[first : position + 1, 2 * (n // group) + 1] * v_scale
-                logits = keys @ case.q[t, n].astype(np.float64) * config.scale
+                products = keys * case.q[t, n].astype(np.float64) * config.scale
+                logits, spread = products.sum(axis=1), eps / np.sqrt(12) * np.linalg.norm(products, axis=1)
                 if config.soft_cap is not None:
                     logits = config.soft_cap * np.tanh(logits / config.soft_cap)
                 sink = [] if case.sinks is None else [float(case.sinks[n])]
@@ -258,10 +262,10 @@ def exact(case: Case, kv_pages: np.ndarray, config: AttentionConfig) -> Exact:
                 weights = np.exp(logits - peak)
                 weights /= weights.sum() + sum(np.exp(x - peak) for x in sink)
                 out[t, n], size[t, n] = weights @ values, weights @ np.abs(values)
+                drift[t, n] = np.linalg.norm((weights * spread)[:, None] * (values - out[t, n]), axis=0)
                 peaks[t, n] = np.abs([*logits, *sink]).max()
-    eps = float(ml_dtypes.finfo(case.q.dtype).eps)
     inside = 64 * float(np.finfo(np.float32).eps) * np.maximum(peaks, 1)
-    return Exact(out=out, bound=size * (eps + inside) + np.abs(out) * eps / 2)
+    return Exact(out=out, bound=size * (eps + inside) + 5 * drift + np.abs(out) * eps / 2)
 
 
 def tolerance(case: Case) -> float:

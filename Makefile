@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One environment a Python: PYTHON=python3.12 does not reuse what another Python installed.
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: serve test test-slow check bench fmt clean
+.PHONY: serve test test-slow check bench aot fmt clean
 
 serve: $(VENV)/.serve-$(TAG)
 	$(BIN)/jaxserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -27,6 +27,10 @@ check: $(VENV)/.test-$(TAG)
 
 bench: $(VENV)/.serve-$(TAG)
 	$(BIN)/jaxserve bench engine
+
+# Every preset compiled for every slice in configs/topologies; needs no TPU.
+aot: $(VENV)/.aot-$(TAG)
+	$(BIN)/jaxserve aot $(ARGS)
 
 fmt: $(VENV)/.test-$(TAG)
 	$(BIN)/ruff check --fix .
@@ -47,3 +51,7 @@ $(VENV)/.serve-$(TAG): pyproject.toml $(VENV)/.made-$(TAG)
 $(VENV)/.test-$(TAG): pyproject.toml $(VENV)/.made-$(TAG)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(VENV)/.serve-$(TAG) $@
+
+$(VENV)/.aot-$(TAG): $(VENV)/.serve-$(TAG)
+	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
+	touch $@

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from jaxserve.cli import chat, doctor, plan, pull, serve, version
+from jaxserve.cli import aot, chat, doctor, plan, pull, serve, version
 from jaxserve.cli import compile as compile_bundle
 from jaxserve.cli.bench import subjects as bench
 from jaxserve.core.environment import leave_out_absent_tpu
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; a chosen command's `run` is in the namespace."""
     parser = argparse.ArgumentParser(prog="jaxserve", description="Serve large language models with JAX.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, compile_bundle, plan, pull, doctor, bench, version):
+    for command in (serve, chat, compile_bundle, aot, plan, pull, doctor, bench, version):
         command.add_command(commands)
     return parser
 

@@ -1,0 +1,192 @@
+"""All presets compiled for all slices that are looked after: what `make aot` runs.
+
+A file of `configs/topologies/` names a slice and the presets to compile for it. Each is compiled with serve's defaults,
+split over all the slice's devices, and checked: every program compiles, a decode step changes the pool in place, and
+devices exchange what the sharding calls for and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxserve.checkpoint.json_file import read_object
+from jaxserve.checkpoint.presets import default_presets_dir
+from jaxserve.checkpoint.sources import spec_of
+from jaxserve.core.errors import ConfigError
+from jaxserve.engine.programs import SCORED_ROWS
+from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, config_for
+from jaxserve.launch.build import Progress
+from jaxserve.models.costs import CostModel, StepShape
+from jaxserve.models.decoder import Blueprint
+from jaxserve.models.spec import ModelSpec
+from jaxserve.sharding.mesh import abstract_mesh
+from jaxserve.sharding.rules import kv_repeat
+from jaxserve.sharding.topology import Topology, parse_topology
+
+MAX_DECODE_TEMPORARY_BYTES = 64 << 20
+"""What a step of one token a sequence may need besides its arguments: no second pool, no layer of it."""
+
+POOL_SHARE = 0.9
+"""Share of a device's memory that weights and pool take together by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A preset on a slice.
+
+    Attributes:
+        model: The preset.
+        topology: The slice.
+    """
+
+    model: str
+    topology: Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        case: The case.
+        seconds: How long it took.
+        weight_bytes: Weights on a device.
+        report: What was compiled, None if the weights do not fit.
+        problems: What is wrong, a sentence each.
+    """
+
+    case: Case
+    seconds: float
+    weight_bytes: int
+    report: AotReport | None
+    problems: tuple[str, ...]
+
+    @property
+    def decode_temporary_bytes(self) -> int:
+        """What the hungriest decode step needs besides its arguments."""
+        return 0 if self.report is None else max((r.temporary_bytes for r in _decodes(self.report)), default=0)
+
+    def as_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            **asdict(self),
+            "case": {"model": self.case.model, "topology": str(self.case.topology)},
+            "report": None if self.report is None else self.report.as_json(),
+        }
+
+
+def default_topologies_dir() -> Path:
+    """The slices that came with jaxserve, beside the presets."""
+    return default_presets_dir().parent / "topologies"
+
+
+def read_cases(folder: Path) -> list[Case]:
+    """The cases that a folder's files name.
+
+    Raises:
+        CheckpointError: A file is no JSON object.
+        ConfigError: A file is malformed or names no slice.
+    """
+    cases = []
+    for path in sorted(folder.glob("*.json")):
+        match read_object(path):
+            case {"topology": str(topology), "models": list(models)}:
+                cases += [Case(model=str(model), topology=parse_topology(topology)) for model in models]
+            case _:
+                raise ConfigError(f'{path} needs "topology" (a slice) and "models" (a list of presets).')
+    return cases
+
+
+def run_cases(
+    cases: Sequence[Case], *, largest_only: bool = False, progress: Progress | None = None
+) -> Iterator[Outcome]:
+    """Compiles and checks one case after another.
+
+    Args:
+        cases: What to compile.
+        largest_only: Of each program only its largest size, and the decoder also at the size of a full decode step.
+        progress: Told how far each is.
+    """
+    for case in cases:
+        started = time.monotonic()
+        spec = spec_of(case.model)
+        costs = _costs(spec, case)
+        weights = costs.weight_bytes()
+        if weights > POOL_SHARE * case.topology.chip.hbm_bytes:
+            yield Outcome(case=case, seconds=0.0, weight_bytes=weights, report=None, problems=())
+            continue
+        report = aot_report(case.model, case.topology, largest_only=largest_only, progress=progress)
+        yield Outcome(
+            case=case,
+            seconds=time.monotonic() - started,
+            weight_bytes=report.weight_bytes,
+            report=report,
+            problems=tuple(problems_of(report, costs)),
+        )
+
+
+def problems_of(report: AotReport, costs: CostModel) -> Iterator[str]:
+    """What is wrong with a replica's programs, a sentence each.
+
+    Args:
+        report: The programs.
+        costs: Counts what their steps must exchange.
+    """
+    for each in report.failures:
+        yield f"{each.name} {each.bucket} does not compile: {each.failure}"
+    for each in _decodes(report):
+        if each.temporary_bytes >= MAX_DECODE_TEMPORARY_BYTES:
+            yield f"decode {each.bucket} needs {each.temporary_bytes >> 20} MiB besides its arguments"
+    for each in report.programs:
+        if each.failure is None:
+            found = Counter[tuple[str, int]]()
+            for exchange in each.collectives:
+                found[exchange.kind, exchange.num_bytes] += exchange.count
+            wanted = expected_collectives(each, costs)
+            if found != wanted:
+                yield f"{each.name} {each.bucket} exchanges {dict(found)}, and its sharding calls for {dict(wanted)}"
+
+
+def expected_collectives(program: ProgramReport, costs: CostModel) -> Counter[tuple[str, int]]:
+    """How often a program must exchange arrays, by kind and bytes.
+
+    The decoder sums the residual stream after each split projection and after a split embedding; the head and the
+    scorer gather the logits of a split vocabulary, the scorer a block of rows at a time.
+    """
+    spec, size = costs.blueprint.spec, program.bucket
+    exchanged = Counter[tuple[str, int]]()
+    head = 1 if costs.work(_rows(0, 1)).sent_bytes > 0 else 0
+    if program.name == "decode":
+        count = costs.work(_rows(size, 0)).num_collectives - head
+        exchanged["all-reduce", size * spec.hidden_size * costs.blueprint.dtype.itemsize] = count
+    elif program.name == "head":
+        exchanged["all-gather", size * spec.vocab_size * 4] = head
+    elif program.name == "score":
+        rows = min(SCORED_ROWS, size)
+        exchanged["all-gather", rows * spec.vocab_size * 4] = head * -(-size // rows)
+    return Counter({key: count for key, count in exchanged.items() if count})
+
+
+def _rows(num_tokens: int, num_scored: int) -> StepShape:
+    return StepShape(num_tokens=num_tokens, num_scored=num_scored, read_tokens=0, pairs=0)
+
+
+def _decodes(report: AotReport) -> list[ProgramReport]:
+    """The decoder at sizes that a step of one token a sequence can have."""
+    return [each for each in report.programs if each.name == "decode" and each.bucket <= report.seq_buckets[-1]]
+
+
+def _costs(spec: ModelSpec, case: Case) -> CostModel:
+    config = config_for(case.model, {}, case.topology)
+    mesh = abstract_mesh(tensor=config.mesh.tensor)
+    repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
+    blueprint = Blueprint.of(spec, dtype=jnp.dtype(spec.dtype), kv_repeat=repeat)
+    heads = spec.num_kv_heads * repeat
+    return CostModel(blueprint=blueprint, mesh=mesh, kv_bytes_per_token=0, kv_heads=heads)

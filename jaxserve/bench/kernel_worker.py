@@ -6,8 +6,6 @@ dumps the kernel's schedule where the environment says.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,7 +16,7 @@ from jaxserve.bench.kernel_programs import lower
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.rules import replicated
-from jaxserve.sharding.topology import abstract_devices, parse_topology
+from jaxserve.sharding.topology import abstract_devices, answer, parse_topology
 
 
 def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
@@ -43,11 +41,5 @@ def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Answers the request on standard input."""
-    json.dump(compile_kernel(json.load(sys.stdin)), sys.stdout)
-    sys.stdout.write("\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(compile_kernel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_interpreters import GPU, PLAIN, TPU, Runner, races_fail
 
+from jaxserve.core.errors import ConfigError
 from jaxserve.kv.pool import PoolLayout, copy_pages
 from jaxserve.pallas.dispatch import Target
 from jaxserve.pallas.page_copy import api
 from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.topology import parse_topology, require_compiler, run_deviceless
 
 LAYERS, PAGES, SLOTS = 3, 7, 5
 SHAPES = {"plain": ((4, 2, 16), "float32"), "bits": ((16, 4, 128), "uint16"), "odd": ((3, 6, 80), "int8")}
@@ -138,6 +141,32 @@ def test_the_target_is_changed_in_place(runner: Runner, op: str) -> None:
     stats = compiled(runner, op).lower(*args[op]).compile().memory_analysis()
     assert stats.alias_size_in_bytes == target.size * 2
     assert stats.temp_size_in_bytes < 100_000
+
+
+@pytest.mark.parametrize(
+    ("topology", "page", "dtype"),
+    [
+        ("v6e:1x1", (16, 16, 128), "bfloat16"),
+        ("v5e:1x1", (64, 2, 128), "bfloat16"),
+        ("h100:1", (16, 16, 128), "bfloat16"),
+        ("h100:1", (16, 2, 80), "int8"),
+    ],
+)
+def test_compiled_for_a_chip_that_is_not_here(
+    topology: str, page: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, with nothing beside but what page ids take."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    try:
+        require_compiler(parse_topology(topology))
+    except ConfigError as error:
+        pytest.skip(error.message)
+    request = {"topology": topology, "page": page, "dtype": dtype}
+    found = run_deviceless(parse_topology(topology), "deviceless_page_copy", request)
+    assert set(found) == set(OPS)
+    for name, memory in found.items():
+        assert memory["aliased"], name
+        assert memory["temp_bytes"] < 4096, name
 
 
 def test_the_race_detector_works() -> None:

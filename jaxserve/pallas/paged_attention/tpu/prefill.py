@@ -36,7 +36,7 @@ from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
     store,
     unpack,
 )
-from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, copy_out, copy_queries
+from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, Span, copy_out, copy_queries
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import (
     LANES,
     Core,
@@ -316,22 +316,40 @@ def _attend_tile(plan: Plan, refs: Refs, item: Item, j: Scalar) -> None:
         until = ahead + plan.config.sliding_window
         fading = jnp.clip(pl.cdiv(jnp.maximum(until - block + 1, 0), block), whole, num_blocks)
         end = jnp.clip(pl.cdiv(jnp.maximum(until + g.tile_tokens - 1, 0), block), fading, num_blocks)
-    num_before = (whole - seen) * heads
 
     def full(i: Scalar) -> Scalar:
         return whole * heads + i
 
-    def partial(i: Scalar) -> Scalar:
-        return jnp.where(i < num_before, seen * heads + i, fading * heads + i - num_before)
+    _attend_units(plan, refs, Span(jnp.int32(0), g.tile_tokens), full, (fading - whole) * heads, None)
 
-    _attend_units(plan, refs, full, (fading - whole) * heads, None)
-    _attend_units(plan, refs, partial, num_before + (end - fading) * heads, ahead)
+    # Borders are crossed in narrower tiles: less is computed that nobody sees.
+    def narrow(sub: Scalar, _: None) -> None:
+        first = sub * g.narrow_tokens
+        from_block = jnp.clip(jnp.maximum(ahead + first, 0) // block, seen, whole)
+        to_block = end
+        if plan.config.sliding_window is not None:
+            past = ahead + first + g.narrow_tokens + plan.config.sliding_window - 1
+            to_block = jnp.clip(pl.cdiv(jnp.maximum(past, 0), block), fading, end)
+        num_before = (whole - from_block) * heads
+
+        def partial(i: Scalar) -> Scalar:
+            return jnp.where(i < num_before, from_block * heads + i, fading * heads + i - num_before)
+
+        num_units = num_before + (to_block - fading) * heads
+        _attend_units(plan, refs, Span(first, g.narrow_tokens), partial, num_units, ahead + first)
+
+    jax.lax.fori_loop(0, g.tile_tokens // g.narrow_tokens, narrow, None)
 
 
 def _attend_units(
-    plan: Plan, refs: Refs, unit_at: Callable[[Scalar], Scalar], num_units: Scalar, ahead: Scalar | None
+    plan: Plan,
+    refs: Refs,
+    span: Span,
+    unit_at: Callable[[Scalar], Scalar],
+    num_units: Scalar,
+    ahead: Scalar | None,
 ) -> None:
-    """Attends to the present KV tile, a unit (block of rows, KV head) a step.
+    """Attends to tokens of the present KV tile, a unit (block of rows, KV head) a step.
 
     A step takes the logits of one unit, and the softmax and the values of the unit before it, so that the matrix unit
     has work that does not wait for the vector unit. What comes after the last unit is one that nobody reads.
@@ -339,9 +357,10 @@ def _attend_units(
     Args:
         plan: What is static.
         refs: Everything.
+        span: The tokens.
         unit_at: The units, by their number in this run.
         num_units: How many.
-        ahead: How far the tile's first token is past the item's first; None if every row sees the whole tile.
+        ahead: How far the first of the tokens is past the item's first; None if every row sees them all.
     """
     g = plan.geometry
     nobody = jnp.int32(g.num_units)
@@ -352,12 +371,12 @@ def _attend_units(
     def steps(i: Scalar, _: None) -> None:
         for u in range(g.tiles.unroll):
             at = i * g.tiles.unroll + u
-            _score(plan, refs, unit(at + 1), (u + 1) % 2, ahead)
-            _weigh(plan, refs, unit(at), u % 2)
+            _score(plan, refs, span, unit(at + 1), (u + 1) % 2, ahead)
+            _weigh(plan, refs, span, unit(at), u % 2)
 
     @pl.when(num_units > 0)
     def _() -> None:
-        _score(plan, refs, unit(jnp.int32(0)), 0, ahead)
+        _score(plan, refs, span, unit(jnp.int32(0)), 0, ahead)
         jax.lax.fori_loop(0, pl.cdiv(num_units, g.tiles.unroll), steps, None)
 
 
@@ -365,31 +384,31 @@ def _rows(g: Geometry, unit: Scalar) -> Ref:
     return pl.ds(aligned(unit * g.block_rows, 16), g.block_rows)
 
 
-def _score(plan: Plan, refs: Refs, unit: Scalar, slot: int, ahead: Scalar | None) -> None:
+def _score(plan: Plan, refs: Refs, span: Span, unit: Scalar, slot: int, ahead: Scalar | None) -> None:
     """Logits of a unit, and the maximum so far."""
     g = plan.geometry
     rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
-    x = _matmul(g, refs.q[rows, :], keys_or_values(plan, refs.k, h), 1)
+    x = _matmul(g, refs.q[rows, :], keys_or_values(plan, refs.k, h, span), 1)
     if plan.config.soft_cap is not None:
         x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
     if ahead is not None:
-        x = jnp.where(_visible(plan, ahead - unit // g.num_kv_heads * g.tiles.block_tokens), x, -jnp.inf)
-    refs.logits[slot] = x
+        x = jnp.where(_visible(plan, span, ahead - unit // g.num_kv_heads * g.tiles.block_tokens), x, -jnp.inf)
+    refs.logits[slot, :, : span.width] = x
     before = refs.peak[rows, :]
     refs.peaks[slot] = jnp.maximum(before, jnp.broadcast_to(jnp.max(x, axis=1, keepdims=True), before.shape))
 
 
-def _weigh(plan: Plan, refs: Refs, unit: Scalar, slot: int) -> None:
+def _weigh(plan: Plan, refs: Refs, span: Span, unit: Scalar, slot: int) -> None:
     """Weights of a unit, and the values that they weigh added to what earlier tiles gave."""
     g = plan.geometry
     rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
     peak = refs.peaks[slot]
     decay = jnp.exp2(refs.peak[rows, :] - peak)
     refs.peak[rows, :] = peak
-    weights = [jnp.exp2(refs.logits[slot, :, c : c + LANES] - peak) for c in range(0, g.tile_tokens, LANES)]
-    values = keys_or_values(plan, refs.v, h)
+    weights = [jnp.exp2(refs.logits[slot, :, c : c + LANES] - peak) for c in range(0, span.width, LANES)]
+    values = keys_or_values(plan, refs.v, h, span)
     if g.tiles.sum_by_matmul:
-        values = jnp.concatenate([values, jnp.ones((g.tile_tokens, LANES), g.dtype)], axis=1)
+        values = jnp.concatenate([values, jnp.ones((span.width, LANES), g.dtype)], axis=1)
     added = _matmul(g, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
     total = added[:, g.lanes :] if g.tiles.sum_by_matmul else functools.reduce(jnp.add, weights)
     refs.total[rows, :] = refs.total[rows, :] * decay + total
@@ -404,10 +423,10 @@ def _matmul(g: Geometry, a: Array, b: Array, contracted: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _visible(plan: Plan, ahead: Scalar) -> Array:
+def _visible(plan: Plan, span: Span, ahead: Scalar) -> Array:
     """Which tokens of a KV tile the rows of a block see."""
     g = plan.geometry
-    shape = (g.tiles.block_tokens, g.tile_tokens)
+    shape = (g.tiles.block_tokens, span.width)
     distance = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1) - ahead
     visible = distance >= 0
     if plan.config.sliding_window is not None:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, copy_out, copy_queries
+from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, Span, copy_out, copy_queries
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, Geometry
 
 START = -1e30
@@ -32,9 +32,9 @@ def load_queries(plan: Plan, refs: Refs, item: Item) -> None:
     total = 0.0 if refs.sinks is None else 1.0 if g.tiles.sum_by_matmul else 1 / LANES
 
     def spread(i: Scalar, _: None) -> None:
+        tokens = refs.raw_queries[pl.ds(i * 8, 8)]
         for u in range(8):
-            t = i * 8 + u
-            row = refs.raw_queries[t].astype(jnp.float32) * refs.factors[0]
+            t, row = i * 8 + u, tokens[u].astype(jnp.float32) * refs.factors[0]
             for c in range(g.lanes // LANES):
                 part = row[:, c * LANES : (c + 1) * LANES]
                 refs.stage[c, pl.ds(t * stride, g.num_heads), : part.shape[1]] = part
@@ -71,9 +71,9 @@ def unpack(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar) -> None:
     stage = refs.kv_stage
 
     def spread(i: Scalar, _: None) -> None:
+        tokens = refs.raw_kv[slot, pl.ds(i * 8, 8)]
         for u in range(8):
-            t = i * 8 + u
-            row = refs.raw_kv[slot, t].astype(jnp.float32)
+            t, row = i * 8 + u, tokens[u].astype(jnp.float32)
             for c in range(g.lanes // LANES):
                 part = row[:, c * LANES : (c + 1) * LANES]
                 stage[c, pl.ds(t * g.kv_stride, 2 * g.num_kv_heads), : part.shape[1]] = part
@@ -101,7 +101,7 @@ def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scala
     def pairs(i: Scalar, _: None, *, edge: bool) -> None:
         for u, first in itertools.product(range(8), range(0, 2 * g.num_kv_heads, g.packed_rows)):
             t, heads = i * 16 + 2 * u, g.packed_rows // 2
-            parts = (refs.raw_kv[slot, t + n, first : first + g.packed_rows, :] for n in (0, 1))
+            parts = refs.raw_kv[slot, pl.ds(t, 2), first : first + g.packed_rows, :]
             a, b = (pltpu.bitcast(part.astype(jnp.bfloat16), jnp.uint32) for part in parts)
             keys, values = (a & lower) | (b << 16), (a >> 16) | (b & upper)
             if edge:
@@ -121,13 +121,13 @@ def _unpack_words(plan: Plan, refs: Refs, slot: Scalar, low: Scalar, high: Scala
             jax.lax.fori_loop(0, g.tile_tokens // 16, functools.partial(pairs, edge=edge), None)
 
 
-def keys_or_values(plan: Plan, ref: Ref, h: Scalar) -> Array:
-    """Keys or values of one head, [tile, H]."""
+def keys_or_values(plan: Plan, ref: Ref, h: Scalar, span: Span) -> Array:
+    """Keys or values of one head and some tokens of the KV tile, [width, H]."""
     g = plan.geometry
-    if not plan.geometry.words:
-        whole: Array = ref[h]
+    if not g.words:
+        whole: Array = ref[h, pl.ds(aligned(span.first, LANES), span.width), :]
         return whole
-    rows = pl.ds(h * g.word_stride, g.tile_tokens // 2)
+    rows = pl.ds(h * g.word_stride + span.first // 2, span.width // 2)
     return jnp.concatenate([pltpu.bitcast(ref[c, rows, :], jnp.bfloat16) for c in range(g.lanes // LANES)], axis=1)
 
 
@@ -155,11 +155,13 @@ def store(plan: Plan, refs: Refs, item: Item) -> None:
     g = plan.geometry
 
     def collect(i: Scalar, _: None) -> None:
+        rows = []
         for u in range(8):
             t = i * 8 + u
             at = pl.ds(t * g.head_stride, g.num_heads)
             parts = [refs.stage[c, at, : min(LANES, g.head_dim - c * LANES)] for c in range(g.lanes // LANES)]
-            refs.raw_out[t] = jnp.concatenate(parts, axis=1).astype(g.query_dtype)
+            rows.append(jnp.concatenate(parts, axis=1).astype(g.query_dtype))
+        refs.raw_out[pl.ds(i * 8, 8)] = jnp.stack(rows)
 
     jax.lax.fori_loop(0, pl.cdiv(item.tokens, 8), collect, None)
     copy_out(refs, item.row, item.tokens).start()

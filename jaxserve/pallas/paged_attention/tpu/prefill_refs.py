@@ -71,6 +71,13 @@ class Item(NamedTuple):
     end: Scalar
 
 
+class Span(NamedTuple):
+    """Neighbouring tokens of a KV tile."""
+
+    first: Scalar
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What is static."""

@@ -22,6 +22,9 @@ UNIT_ROWS = 256
 QUERY_TOKENS = 512
 """New tokens that the heuristic holds at a time if they fit: what each KV tile is unpacked for."""
 
+NARROW_TOKENS = 512
+"""Least width of a KV tile's part that is worth a matmul of its own."""
+
 SPARE_BYTES = 2 << 20
 """Room for the compiler's own scratch; beside it registers are spilled, in proportion to the logits of a unit."""
 
@@ -34,6 +37,8 @@ class PrefillTiles:
         query_tokens: New tokens whose queries are held in VMEM at a time; a multiple of block_tokens.
         block_tokens: Tokens of a block of rows; a power of two, at least 16.
         pages: Pages of a KV tile, a multiple of 128 tokens.
+        narrow_tokens: Tokens of the parts in which a KV tile is worked on where the diagonal or a window crosses it, a
+            multiple of 128; None, or what does not divide the tile, for the whole tile.
         unroll: Steps of the main loop's body, even; a step's matmuls hide another's softmax.
         sum_by_matmul: Whether the matmul with the values also sums the weights, in columns that are empty otherwise.
         packed_rows: Rows of a token's keys and values that are unpacked at once, 8 or 16.
@@ -45,6 +50,7 @@ class PrefillTiles:
     unroll: int
     sum_by_matmul: bool
     packed_rows: int = 8
+    narrow_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +166,12 @@ class Geometry(Sizes):
         return self.tiles.pages * self.page_size
 
     @property
+    def narrow_tokens(self) -> int:
+        """Tokens of a KV tile's part where a border crosses it."""
+        narrow = self.tiles.narrow_tokens or self.tile_tokens
+        return narrow if self.tile_tokens % narrow == 0 else self.tile_tokens
+
+    @property
     def packed_rows(self) -> int:
         """Rows of a token's keys and values that are unpacked at once."""
         return min(self.tiles.packed_rows, 2 * self.num_kv_heads)
@@ -233,6 +245,7 @@ def choose_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
         unroll=2 if exact else 4,
         sum_by_matmul=core.wide_matmul and sizes.lanes == LANES,
         packed_rows=16 if core.wide_matmul else 8,
+        narrow_tokens=NARROW_TOKENS,
     )
     while (needed := sizes.cut(tiles).vmem_bytes) > core.vmem_bytes * 3 // 4:
         smaller = _smaller(tiles, step // sizes.page_size)

@@ -147,6 +147,16 @@ class Bundle:
             )
 
 
+def require_place(out: Path) -> None:
+    """Makes sure that a bundle may be written to a place.
+
+    Raises:
+        ConfigError: There is something that is no bundle.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and is no bundle; choose another folder.", param="out")
+
+
 def write_bundle(
     out: Path,
     compiled: Mapping[Key, jax.stages.Compiled],
@@ -174,8 +184,7 @@ def write_bundle(
     Raises:
         ConfigError: There is something else in that place.
     """
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already and is no bundle; choose another folder.", param="out")
+    require_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
         folder = Path(made) / "bundle"

@@ -16,7 +16,7 @@ from jaxserve.engine.compile import compile_programs
 from jaxserve.engine.programs import programs
 from jaxserve.launch.aot import abstract_replica, config_for
 from jaxserve.launch.build import Progress, plan_replica
-from jaxserve.launch.bundle import read_key, write_bundle
+from jaxserve.launch.bundle import read_key, require_place, write_bundle
 from jaxserve.launch.origin import Origin, cpu_features
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import Message, answer, parse_topology, reply, run_deviceless
@@ -67,6 +67,7 @@ def compile_bundle(
         ConfigError: The settings cannot be served, the slice cannot be compiled for, or the folder is taken.
         DevicelessError: The compiling process died.
     """
+    require_place(out)
     if topology == CPU:
         return _compile(model, topology, out, settings, key, progress)
     request = {

@@ -1,0 +1,228 @@
+"""Executables written by one process and loaded by another, which compiles nothing; and every reason to refuse them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.core.config import MeshShape, ServeConfig, load
+from jaxserve.core.errors import ConfigError
+from jaxserve.launch.build import plan_replica
+from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, write_bundle
+from jaxserve.launch.compile import compile_bundle
+from jaxserve.launch.origin import Origin
+from jaxserve.sharding.mesh import make_mesh
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests" / "goldens" / "tiny" / "llama"
+SHAPES = {"max_num_seqs": "4", "max_num_batched_tokens": "16", "num_pages": "32", "max_model_len": "64"}
+
+BEGIN = """
+import asyncio, json, sys
+from pathlib import Path
+from jax import monitoring
+compiled = []
+def listen(event, seconds, **given):
+    if event == "/jax/core/compile/backend_compile_duration":
+        compiled.append(given)
+monitoring.register_event_duration_secs_listener(listen)
+from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
+from jaxserve.checkpoint.sources import load_spec, resolve_source
+from jaxserve.core.config import load
+from jaxserve.launch.build import Model, build_engine
+from tiny_engine import generate_all, tokens_by_index
+from engine_conformance import make_request
+flags = json.loads(sys.argv[1])
+source = resolve_source(flags["model"], cache_dir=Path("."))
+spec = load_spec(source)
+model = Model(source=source, spec=spec, tokenizer=byte_tokenizer(spec), chat_template=None, name="tiny")
+
+async def main():
+    engine = build_engine(load(flags, environ={}), model)
+    requests = [make_request(f"r{i}", temperature=i % 2 / 1, seed=i, prompt=tuple(range(4, 10 + i))) for i in range(4)]
+    results = await generate_all(engine, requests)
+    stats = engine.stats()
+    await engine.close()
+    return [tokens_by_index(events)[0] for events in results], stats.num_compiles_after_ready
+
+tokens, after = asyncio.run(main())
+print(json.dumps({"tokens": tokens, "compiled": compiled, "after": after}))
+"""
+
+
+def begin(**flags: str) -> dict[str, Any]:
+    """Serves the model in a process of its own."""
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "engine")]
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN, json.dumps({"model": str(MODEL), "compilation_cache": "false", **flags})],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed bundle, written by the command."""
+    base = tmp_path_factory.mktemp("bundles")
+    (base / "key").write_text("a secret\n")
+    flags = [part for name, value in SHAPES.items() for part in (f"--{name.replace('_', '-')}", value)]
+    command = [sys.executable, "-m", "jaxserve.cli", "compile", str(MODEL), "--out", str(base / "made"), *flags]
+    done = subprocess.run(
+        [*command, "--key", str(base / "key"), "--json"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert written["num_programs"] == len(list((base / "made").glob("*.bin")))
+    assert sorted(path.name for path in base.iterdir()) == ["key", "made"], "nothing else is left behind"
+    return base / "made"
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def load_here(bundle: Bundle, **settings: Any) -> int:
+    """Loads a bundle for a replica planned here; the number of its programs."""
+    from jaxserve.checkpoint.sources import spec_of
+
+    config = replace(bundle.adopt(ServeConfig(model=str(MODEL))), **settings)
+    mesh = make_mesh(tensor=config.mesh.tensor)
+    replica, _ = plan_replica(config, spec_of(str(MODEL)), mesh)
+    return len(bundle.load(replica, config))
+
+
+def test_another_process_compiles_nothing_and_gives_the_same_tokens(folder: Path) -> None:
+    loaded = begin(bundle=str(folder), bundle_key=str(folder.parent / "key"))
+    assert loaded["compiled"] == []
+    assert loaded["after"] == 0
+    made = begin(**SHAPES)
+    assert len(made["compiled"]) > 5
+    assert loaded["tokens"] == made["tokens"]
+
+
+def test_settings_left_open_are_the_bundles(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    adopted = bundle.adopt(ServeConfig(model=str(MODEL), max_num_seqs=4))
+    assert (adopted.num_pages, adopted.max_model_len, adopted.max_num_batched_tokens) == (32, 64, 16)
+    assert load_here(bundle) == len(bundle.entries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_size": 32}, r"page_size 16 \(asked for 32\)"),
+        ({"mesh": MeshShape(tensor=2)}, r"mesh data=1,expert=1,tensor=1 \(asked for data=1,expert=1,tensor=2\)"),
+        ({"quantization": "int8"}, r"quantization left open \(asked for int8\)"),
+        ({"memory_fraction": 0.5}, r"memory_fraction left open"),
+    ],
+)
+def test_other_settings_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"was compiled for {message}.* Compile it anew"):
+        open_bundle(folder).adopt(ServeConfig(model=str(MODEL), **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax", "0.1"),
+        ("jaxlib", "0.1"),
+        ("compiler", "0.0.1"),
+        ("code", "0"),
+        ("flags", ("--xla_backend_optimization_level=0",)),
+        ("device_kind", "TPU v6 lite"),
+        ("model", "0"),
+        ("kv_dtype", "float8_e4m3fn"),
+        ("token_buckets", (1, 2)),
+    ],
+)
+def test_another_origin_is_refused_by_name(folder: Path, name: str, value: object) -> None:
+    bundle = open_bundle(folder)
+    other = replace(bundle, origin=replace(bundle.origin, **{name: value}))
+    with pytest.raises(ConfigError, match=rf"was compiled for {name} .*\(here "):
+        load_here(other)
+
+
+def test_a_lesser_processor_is_refused(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    with pytest.raises(ConfigError, match="a processor with amx_of_the_future"):
+        load_here(replace(bundle, cpu_features=(*bundle.cpu_features, "amx_of_the_future")))
+
+
+def test_damage_is_found_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+    damaged = copy(folder, tmp_path / "damaged")
+    bundle = open_bundle(damaged)
+    path = damaged / bundle.entries[-1].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is damaged: its checksum"):
+        load_here(bundle)
+    path.unlink()
+    with pytest.raises(ConfigError, match="Cannot read"):
+        load_here(bundle)
+    (damaged / MANIFEST).write_text("{}")
+    with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
+        open_bundle(damaged)
+    with pytest.raises(ConfigError, match="has no bundle"):
+        open_bundle(tmp_path / "nowhere")
+
+
+def test_signatures(folder: Path, tmp_path: Path) -> None:
+    assert open_bundle(folder, b"a secret").origin == open_bundle(folder).origin
+    with pytest.raises(ConfigError, match="not signed with the key"):
+        open_bundle(folder, b"another")
+    changed = copy(folder, tmp_path / "changed")
+    manifest = json.loads((changed / MANIFEST).read_text())
+    manifest["entries"][0]["sha256"] = "0" * 64
+    (changed / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="not signed with the key"):
+        open_bundle(changed, b"a secret")
+    (changed / "manifest.sig").unlink()
+    with pytest.raises(ConfigError, match="has no signature"):
+        open_bundle(changed, b"a secret")
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigError, match="is empty"):
+        read_key(tmp_path / "empty")
+
+
+def test_a_bundle_replaces_a_bundle_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    origin: Origin = open_bundle(folder).origin
+    out = copy(folder, tmp_path / "out")
+    write_bundle(out, {}, topology="cpu", origin=origin, settings={})
+    assert [path.name for path in out.iterdir()] == [MANIFEST]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("words")
+    with pytest.raises(ConfigError, match="is no bundle; choose another"):
+        write_bundle(precious, {}, topology="cpu", origin=origin, settings={})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_place_that_is_taken_is_refused_before_compiling(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(ConfigError, match="is there already"):
+        compile_bundle(str(MODEL), "cpu", tmp_path / "file", settings=SHAPES)
+
+
+def test_flags_of_serve() -> None:
+    config = load({"bundle": "made", "bundle_key": "key"}, environ={})
+    assert (config.bundle, config.bundle_key) == (Path("made"), Path("key"))

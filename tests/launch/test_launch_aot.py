@@ -1,0 +1,174 @@
+"""Programs of a replica compiled for a slice that is not here: memory, collectives, and a bundle of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.checkpoint.presets import default_presets_dir, preset_names
+from jaxserve.checkpoint.sources import spec_of
+from jaxserve.core.errors import ConfigError
+from jaxserve.kv.pool import tiled
+from jaxserve.launch.aot import AotReport, ProgramReport, aot_report
+from jaxserve.launch.aot_suite import (
+    MAX_DECODE_TEMPORARY_BYTES,
+    default_topologies_dir,
+    expected_collectives,
+    problems_of,
+    read_cases,
+    run_cases,
+)
+from jaxserve.models.costs import CostModel
+from jaxserve.models.decoder import Blueprint
+from jaxserve.sharding.collectives import Collective
+from jaxserve.sharding.mesh import abstract_mesh
+from jaxserve.sharding.topology import parse_topology
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+MODEL = "smollm2-135m"
+SPEC = spec_of("llama-3.1-8b")
+COSTS = CostModel(
+    blueprint=Blueprint.of(SPEC, dtype=jnp.dtype("bfloat16")),
+    mesh=abstract_mesh(tensor=8),
+    kv_bytes_per_token=0,
+    kv_heads=8,
+)
+RESIDUAL = 256 * 4096 * 2
+DECODE = ProgramReport(
+    name="decode",
+    bucket=256,
+    compile_s=1.0,
+    temporary_bytes=1 << 20,
+    collectives=(Collective(kind="all-reduce", shape="bf16[256,4096]", count=65, num_bytes=RESIDUAL),),
+)
+
+
+def report_of(*programs: ProgramReport) -> AotReport:
+    return AotReport(
+        model=MODEL,
+        topology="v6e:2x4",
+        mesh={"data": 1, "expert": 1, "tensor": 8},
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        page_size=64,
+        num_pages=8,
+        max_model_len=512,
+        token_buckets=(16, 256, 2048),
+        seq_buckets=(16, 256),
+        weight_bytes=1,
+        kv_bytes=2,
+        state_bytes=3,
+        programs=programs,
+    )
+
+
+@needs_libtpu
+def test_a_decode_step_and_a_head_compile_for_a_slice() -> None:
+    """Two of a mesh's devices split what divides: 9 query heads do not, the feed-forward block and the tables do."""
+    settings = {"mesh": "tensor=2", "max_num_seqs": "16", "max_model_len": "1024", "num_pages": "64"}
+    done: list[int] = []
+    report = aot_report(
+        MODEL,
+        parse_topology("v6e:2x4"),
+        settings=settings,
+        wanted=(("head", 16), ("decode", 16), ("copy_pages", 0), ("allocate", 0)),
+        progress=lambda what, count, total: done.append(count),
+    )
+    assert not report.failures
+    assert done == [1, 2, 3, 4]
+    head, decode, copy, allocate = report.programs
+    assert [each.key for each in report.programs] == [("head", 16), ("decode", 16), ("copy_pages", 0), ("allocate", 0)]
+    assert head.aliased_bytes >= report.state_bytes
+    assert report.kv_bytes == 30 * 64 * 64 * 8 * 128 * 2, "6 rows of 64 lanes are held as 8 of 128"
+    for each in (decode, copy):
+        assert each.aliased_bytes >= report.kv_bytes, "the pool is changed in place"
+        assert each.temporary_bytes < MAX_DECODE_TEMPORARY_BYTES
+        assert report.kv_bytes <= each.argument_bytes
+    assert allocate.output_bytes >= report.kv_bytes
+    assert decode.argument_bytes >= report.kv_bytes + report.weight_bytes
+    spec = spec_of(MODEL)
+    costs = CostModel(
+        blueprint=Blueprint.of(spec, dtype=jnp.dtype("bfloat16")),
+        mesh=abstract_mesh(tensor=2),
+        kv_bytes_per_token=0,
+        kv_heads=3,
+    )
+    assert list(problems_of(report, costs)) == []
+    assert AotReport.from_json(json.loads(json.dumps(report.as_json()))) == report
+
+
+@needs_libtpu
+def test_settings_that_cannot_be_served_are_the_callers() -> None:
+    with pytest.raises(ConfigError, match="max_model_len=999999 is beyond the model's 8192"):
+        aot_report(MODEL, parse_topology("v6e:1x1"), settings={"max_model_len": "999999"}, wanted=())
+
+
+@pytest.mark.parametrize(
+    ("rows", "lanes", "dtype", "held"),
+    [
+        (2, 128, "bfloat16", (2, 128)),
+        (6, 64, "bfloat16", (8, 128)),
+        (12, 128, "bfloat16", (16, 128)),
+        (16, 80, "float32", (16, 128)),
+        (2, 128, "int8", (4, 128)),
+        (2, 256, "float8_e4m3fn", (4, 256)),
+    ],
+)
+def test_tiles(rows: int, lanes: int, dtype: str, held: tuple[int, int]) -> None:
+    """As libtpu lays out arrays whose dimensions are in order."""
+    assert tiled(rows, lanes, jnp.dtype(dtype)) == held
+
+
+def test_collectives_that_a_sharding_calls_for() -> None:
+    """32 layers sum twice, the embedding once; a head gathers its logits, a scorer a block of 32 rows at a time."""
+    assert expected_collectives(DECODE, COSTS) == Counter({("all-reduce", RESIDUAL): 65})
+    head = ProgramReport(name="head", bucket=64, compile_s=1.0)
+    assert expected_collectives(head, COSTS) == Counter({("all-gather", 64 * 128256 * 4): 1})
+    score = ProgramReport(name="score", bucket=2048, compile_s=1.0)
+    assert expected_collectives(score, COSTS) == Counter({("all-gather", 32 * 128256 * 4): 64})
+    assert not expected_collectives(ProgramReport(name="admit", bucket=0, compile_s=1.0), COSTS)
+
+
+def test_what_is_wrong_is_said() -> None:
+    assert list(problems_of(report_of(DECODE), COSTS)) == []
+    failed = ProgramReport(name="head", bucket=16, compile_s=1.0, failure="no room")
+    second_pool = ProgramReport(
+        name="decode",
+        bucket=256,
+        compile_s=1.0,
+        temporary_bytes=70 << 20,
+        collectives=(
+            *DECODE.collectives,
+            Collective(kind="all-gather", shape="bf16[4096,14336]", count=32, num_bytes=117440512),
+        ),
+    )
+    problems = list(problems_of(report_of(failed, second_pool), COSTS))
+    assert problems[0] == "head 16 does not compile: no room"
+    assert problems[1] == "decode 256 needs 70 MiB besides its arguments"
+    assert "('all-gather', 117440512): 32" in problems[2]
+    assert len(problems) == 3
+
+
+def test_configured_cases() -> None:
+    """Every preset on the four kinds of slice that are looked after, and 8B on one chip."""
+    cases = {(str(case.topology), case.model) for case in read_cases(default_topologies_dir())}
+    slices = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")
+    presets = preset_names(default_presets_dir())
+    assert {(name, model) for name in slices for model in presets} | {("v6e:1x1", "llama-3.1-8b")} == cases
+
+
+def test_a_model_that_is_too_large_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('{"topology": "v5e:2x4", "models": ["llama-3.3-70b"]}')
+    [outcome] = run_cases(read_cases(tmp_path))
+    assert outcome.report is None
+    assert outcome.problems == ()
+    assert outcome.weight_bytes > 0.9 * 16 * 2**30
+    (tmp_path / "one.json").write_text('{"topology": "v5e:2x4"}')
+    with pytest.raises(ConfigError, match='needs "topology"'):
+        read_cases(tmp_path)

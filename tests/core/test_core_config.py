@@ -58,6 +58,8 @@ class TestLoad:
             "api_key": ("a,b", ("a", "b")),
             "drain_deadline_s": ("1.5", 1.5),
             "cache_dir": ("/x", Path("/x")),
+            "bundle": ("/b", Path("/b")),
+            "bundle_key": ("/k", Path("/k")),
             "compilation_cache": ("false", False),
             "offline": ("true", True),
             "log_level": ("debug", "debug"),

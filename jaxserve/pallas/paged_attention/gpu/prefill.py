@@ -52,6 +52,9 @@ LOG2E = math.log2(math.e)
 LOWEST = -1e30
 """A running maximum before anything has been seen; finite, so that differences of maxima stay numbers."""
 
+NO_INDEX: tuple[None, ...] = (None,) if jax.__version_info__ < (0, 11) else ()
+"""What `plgpu.load` wants as an index to read all of a reference; newer ones take none."""
+
 
 class Schedule(NamedTuple):
     """Tiles of a step, the same for all of its layers."""
@@ -107,6 +110,8 @@ class Inputs(NamedTuple):
     factors: Ref
     # [N], or [1] if there are none
     sinks: Ref
+    # [block_tokens]; 0, 1, 2 ...
+    columns: Ref
     # [T, N, H]; rows of chunks are written
     out: Ref
 
@@ -334,10 +339,10 @@ class Kernel:
 
             def step(index: Array, carry: tuple[Array, Array, Softmax], masked: bool) -> tuple[Array, Array, Softmax]:
                 count, logits, state = carry
-                logits = self._scaled(logits, factor)
+                logits = self._capped(logits, factor)
                 if masked:
-                    logits = jnp.where(self._visible(item, me, index), logits, -jnp.inf)
-                weights, state = self._weigh(logits, state)
+                    logits = jnp.where(self._visible(arrays, item, me, index), logits, -jnp.inf)
+                weights, state = self._weigh(logits, factor, state)
                 plgpu.barrier_arrive(memory.turn)
                 stage, ahead = lax.rem(count, stages), lax.rem(count + 1, stages)
                 plgpu.barrier_wait(memory.value_ready.at[stage])
@@ -358,7 +363,10 @@ class Kernel:
             if buffers > 1:
                 self._release_query(memory, turn, turn - 1)
             count, logits, softmax = lax.fori_loop(blocks.edge, blocks.stop - 1, masked, state)
-            softmax = self._last_values(memory, item, softmax, self._scaled(logits, factor), count, blocks.stop - 1)
+            logits = self._capped(logits, factor)
+            logits = jnp.where(self._visible(arrays, item, me, blocks.stop - 1), logits, -jnp.inf)
+            weights, softmax = self._weigh(logits, factor, softmax)
+            softmax = self._last_values(memory, item, softmax, weights, count, blocks.stop - 1)
             self._store(arrays, memory, item, softmax, buffer)
             if buffers == 1:
                 self._release_query(memory, turn + 1, turn)
@@ -419,12 +427,10 @@ class Kernel:
         return added, logits
 
     def _last_values(
-        self, memory: Memory, item: Item, state: Softmax, logits: Array, count: Array, index: Array
+        self, memory: Memory, item: Item, state: Softmax, weights: Array, count: Array, index: Array
     ) -> Softmax:
-        """Takes in an item's last block, which has no next one."""
+        """Adds the weighted values of an item's last block, which has no next one."""
         me = lax.axis_index("warpgroup")
-        logits = jnp.where(self._visible(item, me, index), logits, -jnp.inf)
-        weights, state = self._weigh(logits, state)
         plgpu.barrier_arrive(memory.turn)
         stage = lax.rem(count, self.tiles.stages)
         plgpu.barrier_wait(memory.value_ready.at[stage])
@@ -469,35 +475,40 @@ class Kernel:
             peak = jnp.where(of_row == i, arrays.sinks[head + i] * LOG2E, peak)
         return Softmax(peak, plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), by_row), values)
 
-    def _scaled(self, logits: Array, factor: Array) -> Array:
-        """Logits to the base 2."""
+    def _capped(self, logits: Array, factor: Array) -> Array:
+        """Capped logits to the base 2; without a cap, products as they are, which `_weigh` scales."""
         cap = self.config.soft_cap
         if cap is None:
-            return logits * factor
+            return logits
         # tanh(x) is 1 - 2 / (1 + exp(2 x)); the hardware's own is too coarse.
         return (1.0 - 2.0 / (1.0 + jnp.exp2(logits * factor))) * (cap * LOG2E)
 
-    def _weigh(self, logits: Array, state: Softmax) -> tuple[Array, Softmax]:
+    def _weigh(self, logits: Array, factor: Array, state: Softmax) -> tuple[Array, Softmax]:
         """Weights of a block, and the softmax so far with its values faded to the new maximum."""
-        peak = jnp.maximum(state.peak, logits.max(axis=1))
+        highest = logits.max(axis=1)
+        if self.config.soft_cap is None:
+            # The weights' multiplication and subtraction become one instruction.
+            highest, logits = highest * factor, logits * factor
+        peak = jnp.maximum(state.peak, highest)
         fade = jnp.exp2(state.peak - peak)
         weights = jnp.exp2(logits - lax.broadcast_in_dim(peak, logits.shape, [0]))
         total = state.total * fade + weights.sum(axis=1)
         values = state.values * lax.broadcast_in_dim(fade, state.values.shape, [0])
         return weights.astype(self.dtype), Softmax(peak, total, values)
 
-    def _visible(self, item: Item, me: Array, index: Array) -> Array:
+    def _visible(self, arrays: Inputs, item: Item, me: Array, index: Array) -> Array:
         """Which of a block's tokens each row sees."""
-        shape = (ROWS, self.tiles.block_tokens)
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+        shape, layout = (ROWS, self.tiles.block_tokens), plgpu.Layout.WGMMA
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
         token = lax.rem(row, self.shape.own_tokens)
         first = item.position if self.shape.shares_tokens else item.position + me * self.shape.own_tokens
-        # How far a column is past the diagonal, but for what all of a warpgroup's rows have in common.
-        past, ahead = column - token, first - index * self.tiles.block_tokens
-        seen = past <= ahead
+        last = lax.broadcast_in_dim(token + (first - index * self.tiles.block_tokens), shape, [0])
+        # Read anew, for indices made here would be kept in registers over all blocks.
+        column = plgpu.load(arrays.columns, *NO_INDEX, layout=layout.reduce(0), optimized=False)
+        column = lax.broadcast_in_dim(column, shape, [1])
+        seen = column <= last
         if self.config.sliding_window is not None:
-            seen &= past > ahead - self.config.sliding_window
+            seen &= column > last - self.config.sliding_window
         return seen
 
     def _clear(self, memory: Memory, item: Item, me: Array, index: Array, stage: Array) -> None:
@@ -553,7 +564,7 @@ class Kernel:
             width = self.shape.edge_columns
             for column in range(0, self.shape.head_dim, width):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                memory.edge[me, :, pl.ds(0, width)] = result[:, column : column + width]
+                _store(memory.edge.at[me, :, pl.ds(0, width)], result[:, column : column + width])
                 plgpu.commit_smem()
                 for i in range(self.shape.own_heads):
 
@@ -643,10 +654,20 @@ def attend_chunks(
         batch.page_table,
         jnp.stack([factors[0], one if factors[1] is None else factors[1]]),
         one[None] if layer.sinks is None else layer.sinks.astype(jnp.float32),
+        jnp.arange(tiles.block_tokens, dtype=jnp.int32),
         written,
     )
     attended: Array = jax.freeze(written)
     return attended
+
+
+def _store(target: Ref, value: Array) -> None:
+    """Writes to shared memory in whatever pattern; assigning insists on one without bank conflicts since JAX 0.12."""
+    store = vars(plgpu).get("store")
+    if store is None:
+        target[...] = value
+    else:
+        store(target, value, optimized=False)
 
 
 def shape_of(q: Float[Array, "T N H"], kv_pages: Shaped[Array, "P page_size K2 H"]) -> PrefillShape:

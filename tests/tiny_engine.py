@@ -31,6 +31,7 @@ from jaxserve.launch.build import new_scheduler, plan_replica
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import Activation, ModelSpec, RopeSpec
 from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.rules import sharding_for
 
 EOS = 1
 # The vocabulary is that of the server tests' tokenizer.
@@ -108,12 +109,11 @@ def placed(spec: ModelSpec, replica: Replica) -> dict[str, jax.Array]:
     repeat = replica.layout.num_kv_heads // spec.num_kv_heads
     plain = Blueprint.of(spec, dtype=replica.blueprint.dtype, quantization=_quantization(replica)).params()
     weights = random_params(spec, plain, mesh=single)
-    structs = replica.abstract_params()
     moved = {}
     for path, info in infos.items():
         value = repeat_kv_heads(path, np.asarray(weights[path]), spec, repeat)
         assert value.shape == info.shape
-        moved[path] = jax.device_put(value, structs[path].sharding)
+        moved[path] = jax.device_put(value, sharding_for(info.axes, info.shape, replica.mesh))
     return moved
 
 

@@ -91,20 +91,24 @@ class Replica:
         for path, info in self.blueprint.params().items():
             stacked = info.axes[0] == STACK
             dtype = storage_dtype(info.dtype.name, platform) if stacked else info.dtype
-            sharding = sharding_for(info.axes, info.shape, self.mesh)
+            turned = info.turned or range(len(info.shape))
+            shape = tuple(info.shape[dim] for dim in turned)
+            sharding = sharding_for([info.axes[dim] for dim in turned], shape, self.mesh)
             # On a TPU any other order would be changed to this one in every layer of every step.
             order = info.order if platform == "tpu" else None
             place = sharding if order is None else Format(Layout(order), sharding)
-            structs[path] = jax.ShapeDtypeStruct(info.shape, dtype, sharding=place)
+            structs[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         return structs
 
     def loaded_otherwise(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Those parameters that are loaded in another dtype or order than programs take, as they are loaded."""
+        """Those parameters that are loaded in another form than programs take, as they are loaded."""
         infos = self.blueprint.params()
         return {
-            path: jax.ShapeDtypeStruct(struct.shape, infos[path].dtype, sharding=struct.sharding)
+            path: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding_for(info.axes, info.shape, self.mesh))
             for path, struct in self.abstract_params().items()
-            if infos[path].dtype != struct.dtype or isinstance(struct.format.layout, Layout)
+            if (info := infos[path]).dtype != struct.dtype
+            or info.turned is not None
+            or isinstance(struct.format.layout, Layout)
         }
 
     def hold(self, params: Mapping[str, Array], executables: Mapping[Key, Any] | None = None) -> dict[str, Array]:
@@ -122,14 +126,15 @@ class Replica:
 
     def holders(self) -> list[Program]:
         """A program for each parameter that is loaded otherwise than programs take it."""
-        wanted = self.abstract_params()
+        wanted, infos = self.abstract_params(), self.blueprint.params()
         result = []
         for index, (path, struct) in enumerate(self.loaded_otherwise().items()):
             pinned = isinstance(wanted[path].format.layout, Layout)
+            turned = infos[path].turned
             function = _jit(
-                partial(to_storage, dtype=wanted[path].dtype),
-                donate=() if pinned else (0,),
-                out=wanted[path].format if pinned else struct.sharding,
+                partial(_held, dtype=wanted[path].dtype, turned=turned),
+                donate=() if pinned or turned else (0,),
+                out=wanted[path].format if pinned else wanted[path].sharding,
             )
             result.append(Program(key=("hold", index), function=function, args=(struct,)))
         return result
@@ -281,6 +286,11 @@ def programs(replica: Replica) -> list[Program]:
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     result.append(Program(key=("allocate", 0), function=_jit(replica.layout.zeros, donate=(), out=held), args=()))
     return result + replica.holders()
+
+
+def _held(value: Array, *, dtype: jnp.dtype, turned: tuple[int, ...] | None) -> Array:
+    """A loaded parameter as programs take it."""
+    return to_storage(value if turned is None else jnp.transpose(value, turned), dtype)
 
 
 def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form

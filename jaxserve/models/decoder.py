@@ -163,7 +163,8 @@ class Blueprint:
         backend: Backend | None = None,
     ) -> Blueprint:
         """Declares the decoder of a spec; no array is made."""
-        numerics = Numerics(dtype=jnp.dtype(dtype), quantization=quantization)
+        on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+        numerics = Numerics(dtype=jnp.dtype(dtype), quantization=quantization, inputs_last=on_cpu)
         placement = Placement(mesh=mesh, kv_repeat=kv_repeat, backend=backend)
         graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec, numerics=numerics, placement=placement)))
         return cls(spec=spec, dtype=numerics.dtype, graph=graph, state=state)
@@ -173,12 +174,16 @@ class Blueprint:
         infos = {}
         for path, variable in nnx.to_flat_state(self.state):
             value, metadata = variable.get_value(), variable.get_metadata()
-            axes, order = metadata["axes"], metadata["order"]
+            axes = metadata["axes"]
+            order, turned = metadata["order"], metadata["turned"]
             if path[0] == STACK:
-                axes = (STACK, *axes)
-                order = None if order is None else (0, *(dim + 1 for dim in order))
+                axes, order, turned = (STACK, *axes), _stacked(order), _stacked(turned)
             infos[_join(path)] = ParamInfo(
-                shape=tuple(value.shape), dtype=jnp.dtype(value.dtype), axes=axes, order=order
+                shape=tuple(value.shape),
+                dtype=jnp.dtype(value.dtype),
+                axes=axes,
+                order=order,
+                turned=turned,
             )
         return infos
 
@@ -186,6 +191,11 @@ class Blueprint:
         """The decoder with its parameters, by path as in `params()`; call it inside the jitted function."""
         flat = [(path, variable.replace(params[_join(path)])) for path, variable in nnx.to_flat_state(self.state)]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def _stacked(dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """An order of a layer's dimensions as one of the stack's, whose first is the layer."""
+    return None if dims is None else (0, *(dim + 1 for dim in dims))
 
 
 def _join(path: tuple[object, ...]) -> str:

@@ -21,12 +21,14 @@ class ParamInfo:
         dtype: Element type it is served in.
         axes: One logical axis name (see `sharding/rules`) a dimension; None is never sharded.
         order: Dimensions from major to minor as a matrix unit wants them in memory; None if any order does.
+        turned: Dimensions in the order in which it is held while the model runs; None if as declared.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: tuple[str | None, ...]
     order: tuple[int, ...] | None = None
+    turned: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:

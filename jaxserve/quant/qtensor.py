@@ -38,20 +38,30 @@ def quantize_channels(
     return values, np.squeeze(scale, axis=axes)
 
 
-def contract(x: Shaped[Array, T *inputs], kernel: Shaped[Array, ...], dtype: jnp.dtype) -> Shaped[Array, "T ..."]:
-    """Sums x over all dimensions but its first against the first ones of a kernel.
+def contract(
+    x: Shaped[Array, T * inputs], kernel: Shaped[Array, ...], dtype: jnp.dtype, *, inputs_last: bool = False
+) -> Shaped[Array, "T ..."]:
+    """Sums x over all dimensions but its first against those of a kernel.
 
     Args:
         x: Activations, one row a token.
-        kernel: [*inputs, *outputs].
+        kernel: [*inputs, *outputs], or [*outputs, *inputs] if `inputs_last`.
         dtype: In which the sum is kept and returned.
+        inputs_last: Where the kernel's contracted dimensions are.
     """
     inputs = x.ndim - 1
-    dims = ((tuple(range(1, inputs + 1)), tuple(range(inputs))), ((), ()))
-    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+    if not inputs_last:
+        dims = ((tuple(range(1, inputs + 1)), tuple(range(inputs))), ((), ()))
+        return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+    # As matrices: with more dimensions XLA would first turn the whole kernel around on CPUs, which is where it is held so.
+    outputs = kernel.shape[: kernel.ndim - inputs]
+    rows = x.reshape(x.shape[0], -1)
+    dims = (((1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(rows, kernel.reshape(-1, rows.shape[1]), dims, preferred_element_type=dtype)
+    return y.reshape(x.shape[0], *outputs)
 
 
-def quantize_rows(x: Float[Array, T *inputs]) -> tuple[Int8[Array, T *inputs], Float[Array, " T"]]:
+def quantize_rows(x: Float[Array, T * inputs]) -> tuple[Int8[Array, T * inputs], Float[Array, " T"]]:
     """Dynamic symmetric quantisation of activations, one scale a row."""
     x32 = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x32), axis=tuple(range(1, x.ndim)))
@@ -60,25 +70,22 @@ def quantize_rows(x: Float[Array, T *inputs]) -> tuple[Int8[Array, T *inputs], F
 
 
 def int8_matmul(
-    x: Float[Array, T *inputs],
+    x: Float[Array, T * inputs],
     values: Int8[Array, ...],
     scale: Float[Array, "*outputs"],
     *,
-    transposed: bool = False,
-) -> Float[Array, T *outputs]:
+    inputs_last: bool = False,
+) -> Float[Array, T * outputs]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32.
 
     Args:
         x: Activations, one row a token.
-        values: [*inputs, *outputs], or [O, D] if `transposed`.
+        values: [*inputs, *outputs], or [*outputs, *inputs] if `inputs_last`.
         scale: One an output channel.
-        transposed: Whether the contracted dimension of `values` comes last; nothing is copied to turn it.
+        inputs_last: Where the contracted dimensions of `values` are.
     """
     rows, row_scale = quantize_rows(x)
-    if transposed:
-        total = jax.lax.dot_general(rows, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    else:
-        total = contract(rows, values, jnp.dtype(jnp.int32))
+    total = contract(rows, values, jnp.dtype(jnp.int32), inputs_last=inputs_last)
     return total.astype(jnp.float32) * _spread(row_scale, total.ndim) * scale[None]
 
 

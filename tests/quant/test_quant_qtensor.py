@@ -35,7 +35,7 @@ def test_matmul_error_is_bounded(transposed: bool) -> None:
     weights = RNG.standard_normal((64, 24)).astype(np.float32)
     values, scale = quantize_channels(weights, (0,))
     stored = values.T if transposed else values
-    got = np.asarray(int8_matmul(jnp.asarray(x), jnp.asarray(stored), jnp.asarray(scale), transposed=transposed))
+    got = np.asarray(int8_matmul(jnp.asarray(x), jnp.asarray(stored), jnp.asarray(scale), inputs_last=transposed))
     exact = x.astype(np.float64) @ weights
     dx = np.abs(x).max(1, keepdims=True) / 127 / 2
     dw = scale / 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -26,14 +25,21 @@ class Numerics:
     Attributes:
         dtype: Activations, and weights that are not quantised.
         quantization: "int8" for per-channel int8 weights with int8 activations, or None.
+        inputs_last: Whether kernels are held with the contracted dimensions last, as CPUs read them fastest.
     """
 
     dtype: jnp.dtype
     quantization: str | None
+    inputs_last: bool = False
 
 
 def param(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype, order: tuple[int, ...] | None = None
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: jnp.dtype,
+    *,
+    order: tuple[int, ...] | None = None,
+    turned: tuple[int, ...] | None = None,
 ) -> nnx.Param[Array]:
     """Declares a parameter; models are only ever built abstractly, so the zeros never exist.
 
@@ -42,8 +48,9 @@ def param(
         axes: Its logical axes.
         dtype: Its dtype.
         order: Its dimensions from major to minor as a matrix unit wants them in memory; None if any order does.
+        turned: Its dimensions in the order in which it is held while the model runs; None if as declared.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), axes=axes, order=order)
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes, order=order, turned=turned)
 
 
 class Linear(nnx.Module):
@@ -66,7 +73,9 @@ class Linear(nnx.Module):
         ins, outs = range(len(in_shape)), range(len(in_shape), len(in_shape) + len(out_shape))
         # Tiles of a matrix unit want the last input beside the last output.
         order = (*outs[:-1], *ins, outs[-1])
-        self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype, order)
+        turned = (*outs, *ins) if numerics.inputs_last else None
+        self.kernel = param(in_shape + out_shape, in_axes + out_axes, dtype, order=order, turned=turned)
+        self.inputs_last = numerics.inputs_last
         self.scale = param(out_shape, out_axes, jnp.dtype(jnp.float32)) if quantized else None
         self.bias = param(out_shape, out_axes, numerics.dtype) if bias else None
 
@@ -74,9 +83,9 @@ class Linear(nnx.Module):
         """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
         kernel = from_storage(self.kernel[...])
         if self.scale is not None:
-            y = int8_matmul(x, kernel, self.scale[...])
+            y = int8_matmul(x, kernel, self.scale[...], inputs_last=self.inputs_last)
         else:
-            y = contract(x, kernel, jnp.dtype(jnp.float32))
+            y = contract(x, kernel, jnp.dtype(jnp.float32), inputs_last=self.inputs_last)
         if self.bias is not None:
             y = y + from_storage(self.bias[...])[None].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -108,6 +117,5 @@ class Table(nnx.Module):
     def logits(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """`x @ table.T` in float32."""
         if self.scale is not None:
-            return int8_matmul(x, self.table[...], self.scale[...], transposed=True)
-        table = from_storage(self.table[...])
-        return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            return int8_matmul(x, self.table[...], self.scale[...], inputs_last=True)
+        return contract(x, from_storage(self.table[...]), jnp.dtype(jnp.float32), inputs_last=True)

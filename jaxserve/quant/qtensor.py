@@ -53,7 +53,7 @@ def contract(
     if not inputs_last:
         dims = ((tuple(range(1, inputs + 1)), tuple(range(inputs))), ((), ()))
         return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
-    # As matrices: with more dimensions XLA would first turn the whole kernel around on CPUs, which is where it is held so.
+    # As matrices: with more dimensions XLA would first turn the whole kernel around on CPUs, where it is held so.
     outputs = kernel.shape[: kernel.ndim - inputs]
     rows = x.reshape(x.shape[0], -1)
     dims = (((1,), (1,)), ((), ()))

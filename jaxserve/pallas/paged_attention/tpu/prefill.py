@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
@@ -95,7 +95,6 @@ def prefill(
     plan = Plan(geometry=geometry, config=config, pages_per_seq=batch.page_table.shape[1])
     scalars = (
         jnp.stack([layer.page_offset, batch.num_decodes, batch.num_seqs]),
-        batch.page_table.reshape(-1),
         batch.context_lens,
         batch.query_starts,
         _factors(layer, config),
@@ -106,15 +105,15 @@ def prefill(
     results: tuple[Array, Array] = pl.pallas_call(
         functools.partial(_kernel, plan, bool(sinks)),
         out_shape=(jax.ShapeDtypeStruct(out.shape, out.dtype), jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * first + [anywhere] * 4 + [vmem] * len(sinks),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * first + [anywhere] * 5 + [vmem] * len(sinks),
         out_specs=(anywhere, anywhere),
         scratch_shapes=_scratch(plan),
-        input_output_aliases={first + 2: 0, first + 3: 1},
+        input_output_aliases={first + 3: 0, first + 4: 1},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
         ),
         name="paged_attention_prefill",
-    )(*scalars, q, new_kv, out, kv_pages, *sinks)
+    )(*scalars, _table_rows(batch.page_table), q, new_kv, out, kv_pages, *sinks)
     return results
 
 
@@ -127,6 +126,11 @@ def _factors(layer: AttentionLayer, config: AttentionConfig) -> Float[Array, " 2
     if layer.v_scale is not None:
         value = value * layer.v_scale
     return jnp.stack([query, value])
+
+
+def _table_rows(table: Int32[Array, "S pages_per_seq"]) -> Int32[Array, "S 1 padded"]:
+    """The page table as rows that can be copied one by one: SMEM has no room for a table of long sequences."""
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % LANES)))[:, None]
 
 
 def _sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
@@ -145,12 +149,14 @@ def _core() -> Core:
 def _scratch(plan: Plan) -> list[Any]:
     buffers = {name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in plan.geometry.buffers().items()}
     one, two = pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA((2,))
-    return [buffers, {"queries_done": one, "kv_done": two, "out_done": one, "writes_done": one}]
+    row = pltpu.SMEM((1, plan.pages_per_seq + -plan.pages_per_seq % LANES), jnp.int32)
+    tables = {"write_table": row, "read_table": row, "table_done": one}
+    return [buffers, tables | {"queries_done": one, "kv_done": two, "out_done": one, "writes_done": one}]
 
 
 def _refs(has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
     """Names the kernel's arguments."""
-    names = ["counts", "table", "contexts", "starts", "factors", "queries", "new", "aliased_out", "aliased_pages"]
+    names = ["counts", "contexts", "starts", "factors", "table", "queries", "new", "aliased_out", "aliased_pages"]
     names += ["sinks"] * has_sinks + ["out", "pages"]
     named = {"sinks": None, **dict(zip(names, refs[: len(names)], strict=True))}
     del named["aliased_out"], named["aliased_pages"]
@@ -232,16 +238,26 @@ def _write_pages(plan: Plan, refs: Refs, seq: Scalar, *, wait: bool) -> None:
     size = plan.geometry.page_size
     start, end = refs.starts[seq], refs.contexts[seq]
     begin = end - (refs.starts[seq + 1] - start)
+    if not wait:
+        _load_row(refs, seq, refs.write_table)
 
+    # A wait counts bytes; which page they are of does not matter, and the row may be the next chunk's by then.
     def copy(index: Scalar, _: None) -> None:
         low, high = jnp.maximum(index * size, begin), jnp.minimum((index + 1) * size, end)
-        page = refs.table[seq * plan.pages_per_seq + index] + refs.counts[0]
+        page = refs.counts[0] + (0 if wait else refs.write_table[0, index])
         source = refs.new.at[pl.ds(start + low - begin, high - low)]
         target = refs.pages.at[page, pl.ds(low - index * size, high - low)]
         dma = pltpu.make_async_copy(source, target, refs.writes_done)
         dma.wait() if wait else dma.start()
 
     jax.lax.fori_loop(begin // size, pl.cdiv(end, size), copy, None)
+
+
+def _load_row(refs: Refs, seq: Scalar, row: Ref) -> None:
+    """Copies a sequence's row of the page table into SMEM."""
+    dma = pltpu.make_async_copy(refs.table.at[seq], row, refs.table_done)
+    dma.start()
+    dma.wait()
 
 
 def _wait_out(refs: Refs, row: Scalar, tokens: Scalar) -> None:
@@ -259,7 +275,7 @@ def _copy_kv(plan: Plan, refs: Refs, item: Item, j: Scalar, slot: Scalar, *, wai
     first, end = j * g.tiles.pages, jnp.minimum((j + 1) * g.tiles.pages, num_pages)
 
     def copy(index: Scalar, _: None) -> None:
-        page = refs.table[item.seq * plan.pages_per_seq + index] + refs.counts[0]
+        page = refs.counts[0] + (0 if wait else refs.read_table[0, index])
         target = refs.raw_kv.at[slot, pl.ds((index - first) * g.page_size, g.page_size)]
         dma = pltpu.make_async_copy(refs.pages.at[page], target, refs.kv_done.at[slot])
         dma.wait() if wait else dma.start()
@@ -278,6 +294,7 @@ def _start_item(plan: Plan, refs: Refs, item: Item, slot: Scalar) -> None:
     @pl.when(item.tile == 0)
     def _() -> None:
         _write_pages(plan, refs, item.seq, wait=True)
+        _load_row(refs, item.seq, refs.read_table)
         ahead = _nonempty(refs, item.seq + 1)
 
         @pl.when(ahead < refs.counts[2])

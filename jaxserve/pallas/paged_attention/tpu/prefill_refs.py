@@ -20,13 +20,13 @@ Scalar: TypeAlias = Int32[Array, ""]
 class Refs(NamedTuple):
     """Everything the kernel touches."""
 
-    # SMEM: [page_offset, num_decodes, num_seqs]; page table, flat; context_lens; query_starts; [query and value factor]
+    # SMEM: [page_offset, num_decodes, num_seqs]; context_lens; query_starts; [query and value factor]
     counts: Ref
-    table: Ref
     contexts: Ref
     starts: Ref
     factors: Ref
-    # HBM: [T, N, H], [T, 2K, H]; results aliased to arguments
+    # HBM: page table [S, 1, pages_per_seq]; [T, N, H], [T, 2K, H]; results aliased to arguments
+    table: Ref
     queries: Ref
     new: Ref
     out: Ref
@@ -51,6 +51,10 @@ class Refs(NamedTuple):
     # VMEM, two units in flight: logits and maximum
     logits: Ref
     peaks: Ref
+    # SMEM: rows of the page table, of the chunk whose pages are written and of the one whose pages are read
+    write_table: Ref
+    read_table: Ref
+    table_done: Ref
     queries_done: Ref
     kv_done: Ref
     out_done: Ref

@@ -6,10 +6,13 @@ A bundle's manifest keeps it; whoever loads the bundle makes its own and compare
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import numpy as np
 
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import variables
@@ -104,8 +107,10 @@ class Origin:
 
 
 def spec_digest(spec: ModelSpec) -> str:
-    """What tells one model's mathematics from another's."""
-    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+    """What tells one model's mathematics from another's; numbers count as float32, as GGUF files keep them."""
+    plain = json.dumps(asdict(spec), sort_keys=True, default=str)
+    rounded = json.loads(plain, parse_float=lambda text: str(np.float32(text)))
+    return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cpu_features(replica: Replica) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import MeshShape, ServeConfig, load
 from jaxserve.core.errors import ConfigError
 from jaxserve.launch.build import plan_replica
 from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, write_bundle
 from jaxserve.launch.compile import compile_bundle
-from jaxserve.launch.origin import Origin
+from jaxserve.launch.origin import Origin, spec_digest
 from jaxserve.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -102,8 +103,6 @@ def copy(folder: Path, to: Path) -> Path:
 
 def load_here(bundle: Bundle, **settings: Any) -> int:
     """Loads a bundle for a replica planned here; the number of its programs."""
-    from jaxserve.checkpoint.sources import spec_of
-
     config = replace(bundle.adopt(ServeConfig(model=str(MODEL))), **settings)
     mesh = make_mesh(tensor=config.mesh.tensor)
     replica, _ = plan_replica(config, spec_of(str(MODEL)), mesh)
@@ -221,6 +220,14 @@ def test_a_place_that_is_taken_is_refused_before_compiling(tmp_path: Path) -> No
     (tmp_path / "file").write_text("words")
     with pytest.raises(ConfigError, match="is there already"):
         compile_bundle(str(MODEL), "cpu", tmp_path / "file", settings=SHAPES)
+
+
+def test_a_model_is_itself_in_every_form() -> None:
+    """A GGUF file keeps 1e-5 as float32; anything else that differs is another model."""
+    spec = spec_of("smollm2-135m")
+    assert spec_digest(replace(spec, norm_eps=9.999999747378752e-06)) == spec_digest(spec)
+    assert spec_digest(replace(spec, norm_eps=1e-6)) != spec_digest(spec)
+    assert spec_digest(replace(spec, rope=replace(spec.rope, theta=10001.0))) != spec_digest(spec)
 
 
 def test_flags_of_serve() -> None:

@@ -49,6 +49,7 @@ def test_every_step_within_the_limits_is_compiled(tiny: Compiled) -> None:
     for num_tokens in range(1, resolved.max_num_batched_tokens + 1):
         used |= {(name, buckets.tokens_for(num_tokens)) for name in ("decode", "score")}
     used |= {("head", buckets.seqs_for(num_seqs)) for num_seqs in range(1, resolved.max_num_seqs + 1)}
+    used |= {("hold", index) for index in range(len(tiny.replica.loaded_otherwise()))}
     assert used == set(tiny.executables)
     assert {program.key for program in programs(tiny.replica)} == used
 

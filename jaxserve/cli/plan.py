@@ -108,7 +108,5 @@ def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
     elif candidates:
         Console().print(fit_table(arguments.model, workload, candidates, arguments.price))
     else:
-        print(
-            f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer or shorter ones."
-        )
+        print(f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer.")
     return 0 if candidates else 1

@@ -42,7 +42,7 @@ UNTOUCHED = 7.0
 def tiles(shape: Shape, **changes: int | bool) -> PrefillTiles:
     """Small tiles, so that few tokens make several of each."""
     small = {"query_tokens": 16, "block_tokens": 16, "pages": 128 // shape.page_size, "unroll": 2}
-    return PrefillTiles(**{**small, "sum_by_matmul": shape.head_dim <= 128, **changes})  # type: ignore[arg-type] # a mix
+    return PrefillTiles(**{**small, "sum_by_matmul": shape.head_dim <= 128, **changes})  # type: ignore[arg-type]  # flags and sizes in one mapping
 
 
 @functools.cache

@@ -31,6 +31,9 @@ from jaxserve.pallas.paged_attention.gpu.prefill_kernel import LOG2E, Kernel
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import WARPGROUPS, PrefillShape, PrefillTiles, prefill_tiles
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
+BLOCK_AXIS, THREAD_AXIS = "block", "warpgroup"
+"""Names of the kernel's grid of thread blocks, and of a block's warpgroups."""
+
 
 class Schedule(NamedTuple):
     """Tiles of a step, the same for all of its layers."""
@@ -111,7 +114,7 @@ def attend_chunks(
     factors = (factor if layer.k_scale is None else factor * layer.k_scale, layer.v_scale)
     written = jax.new_ref(out)
     mesh = plgpu.Mesh(
-        grid=(tiles.num_blocks,), grid_names=("block",), num_threads=WARPGROUPS + 1, thread_name="warpgroup"
+        grid=(tiles.num_blocks,), grid_names=(BLOCK_AXIS,), num_threads=WARPGROUPS + 1, thread_name=THREAD_AXIS
     )
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     run: Callable[..., None] = pl.kernel(kernel, mesh=mesh, compiler_params=params, name="paged_prefill")

@@ -18,7 +18,8 @@ _COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start
 _WHILE = re.compile(r"\bwhile\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(?P<n>\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(?P<name>[\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{(?P<names>[^}]*)\}")
+# What a SparseCore does for the TensorCore stands in a computation that a custom call names.
+_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{(?P<names>[^}]*)\}")
 _BOUND = re.compile(r"= s32\[\][^ ]* constant\((?P<n>\d+)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|f8\w+|[fsuc]\d+)\[(?P<dims>[\d,]*)\]")
 
@@ -87,8 +88,8 @@ def _computations(lines: Iterable[str]) -> Iterable[tuple[str, tuple[bool, list[
 def _called(line: str) -> list[str]:
     """Computations that an instruction runs once."""
     names = [found["name"] for found in _CALLED.finditer(line)]
-    if branches := _BRANCHES.search(line):
-        names += re.findall(r"[\w.-]+", branches["names"])
+    if several := _SEVERAL.search(line):
+        names += re.findall(r"[\w.-]+", several["names"])
     return names
 
 

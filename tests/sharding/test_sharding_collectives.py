@@ -1,89 +1,60 @@
-"""Collectives read off real compiled programs on eight virtual devices, and off the forms TPUs' HLO has."""
+"""Collectives counted in the text of programs: loops, asynchronous pairs, branches, work of a SparseCore."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-
 from jaxserve.sharding.collectives import Collective, collectives
-from jaxserve.sharding.mesh import TENSOR, make_mesh
 
-LAYERS = 5
+LOOP = """HloModule jit_step
 
+%condition (arg: (s32[], bf16[8,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
 
-def split(*names: str | None) -> NamedSharding:
-    return NamedSharding(make_mesh(tensor=8), PartitionSpec(*names))
+%body (arg: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %sum.1 = bf16[8,64]{1,0:T(8,128)(2,1)} all-reduce(%x), channel_id=1, to_apply=%add
+  %sum.2 = bf16[8,64]{1,0:T(8,128)(2,1)} all-reduce(%y), channel_id=2, to_apply=%add
+}
 
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %total = f32[] add(%a, %b)
+}
 
-def test_an_exchange_in_a_loop_counts_as_often_as_it_turns() -> None:
-    def layers(x: jax.Array, weights: jax.Array) -> jax.Array:
-        def layer(x: jax.Array, kernels: jax.Array) -> tuple[jax.Array, None]:
-            hidden = jax.lax.with_sharding_constraint(x @ kernels, split(None, TENSOR))
-            return jax.lax.with_sharding_constraint(hidden @ kernels.T, split(None, None)), None
+ENTRY %main (p: bf16[8,64]) -> f32[8,256] {
+  %start = (bf16[8,32]{1,0}, bf16[8,64]{1,0}) all-gather-start(%p), dimensions={1}
+  %done = bf16[8,64]{1,0} all-gather-done(%start)
+  ROOT %loop = (s32[], bf16[8,64]) while(%t), condition=%condition, body=%body
+}
+"""
 
-        return jax.lax.scan(layer, x, weights)[0]
+# As libtpu writes a gather that a SparseCore does.
+OFFLOADED = """HloModule jit_score
 
-    args = (
-        jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=split(None, None)),
-        jax.ShapeDtypeStruct((LAYERS, 16, 64), jnp.float32, sharding=split(None, None, TENSOR)),
-    )
-    found = collectives(jax.jit(layers).lower(*args).compile().as_text())
-    assert found == (Collective(kind="all-reduce", shape="f32[4,16]", count=LAYERS, num_bytes=4 * 16 * 4),)
+%called_computation.1 (param: f32[16,6144]) -> f32[16,49152] {
+  ROOT %all-gather.4 = f32[16,49152]{1,0:T(8,128)} all-gather(%param), channel_id=1, dimensions={1}
+}, execution_thread="sparsecore"
 
+%async_computation (param: f32[16,6144]) -> f32[16,49152] {
+  ROOT %call = f32[16,49152]{1,0} custom-call(%param), custom_call_target="t", called_computations={%called_computation.1}
+}, execution_thread="sparsecore"
 
-def test_a_gather_is_its_result() -> None:
-    x = jax.ShapeDtypeStruct((64, 8), jnp.bfloat16, sharding=split(TENSOR, None))
-    text = jax.jit(lambda x: x, out_shardings=split(None, None)).lower(x).compile().as_text()
-    [gather] = collectives(text)
-    assert (gather.kind, gather.count) == ("all-gather", 1)
-    assert gather.num_bytes in (64 * 8 * 2, 64 * 8 * 4), "some CPU compilers widen bfloat16"
-
-
-def test_a_program_of_one_device_exchanges_nothing() -> None:
-    assert collectives(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == ()
-
-
-def module(condition: str, loop: str = "") -> str:
-    return f"""HloModule jit_decode, is_scheduled=true
-
-FileNames
-1 "decoder.py"
-
-%add (a: f32[], b: f32[]) -> f32[] {{
-  %a = f32[]{{:T(128)}} parameter(0)
-  ROOT %sum = f32[] add(%a, %b)
-}}
-
-%body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {{
-  %all-reduce-start.1 = (bf16[64,128]{{1,0:T(8,128)(2,1)}}, bf16[64,128]{{1,0}}) all-reduce-start(%x), to_apply=%add
-  %all-reduce-done.1 = bf16[64,128]{{1,0}} all-reduce-done(%all-reduce-start.1)
-}}
-
-%condition (p: (s32[], bf16[64,128])) -> pred[] {{
-  {condition}
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}}
-
-ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {{
-  %while.1 = (s32[], bf16[64,128]) while(%init), condition=%condition, body=%body{loop}
-  ROOT %all-gather.7 = f32[8,16,64]{{1,2,0:T(8,128)S(1)}} all-gather(%y), channel_id=1, dimensions={{0}}
-}}
+ENTRY %main (p: f32[16,6144]) -> f32[16,49152] {
+  %all-gather.3.call-start = ((), f32[16,49152]) async-start(), calls=%async_computation
+  %all-gather.3.call-update = ((f32[16,6144]), f32[16,49152]) async-update(%all-gather.3.call-start, %p)
+  ROOT %all-gather.3.call-done = f32[16,49152]{1,0} async-done(%all-gather.3.call-update)
+}
 """
 
 
-@pytest.mark.parametrize(
-    ("text", "turns"),
-    [
-        (module("%n = s32[]{:T(128)} constant(80)"), 80),
-        (module("%n = s32[] parameter(1)", ', backend_config={"known_trip_count":{"n":"36"}}'), 36),
-        (module("%n = s32[] parameter(1)"), 1),
-    ],
-    ids=["compared with a constant", "written down", "unknown"],
-)
-def test_asynchronous_exchanges_and_trip_counts(text: str, turns: int) -> None:
-    assert collectives(text) == (
-        Collective(kind="all-gather", shape="f32[8,16,64]", count=1, num_bytes=8 * 16 * 64 * 4),
-        Collective(kind="all-reduce", shape="bf16[64,128]", count=turns, num_bytes=64 * 128 * 2),
+def test_loops_count_as_often_as_they_turn() -> None:
+    assert collectives(LOOP) == (
+        Collective(kind="all-gather", shape="bf16[8,64]", count=1, num_bytes=1024),
+        Collective(kind="all-reduce", shape="bf16[8,64]", count=24, num_bytes=1024),
+    )
+
+
+def test_what_a_sparse_core_does_counts() -> None:
+    gathered = 16 * 49152 * 4
+    assert collectives(OFFLOADED) == (
+        Collective(kind="all-gather", shape="f32[16,49152]", count=1, num_bytes=gathered),
     )

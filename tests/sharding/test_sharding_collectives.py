@@ -35,7 +35,7 @@ OFFLOADED = """HloModule jit_score
 }, execution_thread="sparsecore"
 
 %async_computation (param: f32[16,6144]) -> f32[16,49152] {
-  ROOT %call = f32[16,49152]{1,0} custom-call(%param), custom_call_target="t", called_computations={%called_computation.1}
+  ROOT %call = f32[16,49152]{1,0} custom-call(%param), called_computations={%called_computation.1}
 }, execution_thread="sparsecore"
 
 ENTRY %main (p: f32[16,6144]) -> f32[16,49152] {

@@ -28,7 +28,7 @@ Accumulator = plgpu.WGMMAAccumulatorRef
 Ref: TypeAlias = Any
 """A reference inside the kernel; Mosaic GPU's functions declare abstract ones, which is not what they are given."""
 
-LOADER_REGISTERS = 40
+LOADER_REGISTERS = 24
 """Registers a thread of the loading warpgroup; 65,536 are shared out among the three."""
 
 LOG2E = math.log2(math.e)
@@ -150,23 +150,26 @@ class Kernel:
         memory = Memory(*scratch, *([None] * (len(Memory._fields) - len(scratch))))
         thread = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        num_items = arrays.counts[0] * self.shape.items_per_tile
-        whole, rest = lax.div(num_items, self.tiles.num_blocks), lax.rem(num_items, self.tiles.num_blocks)
-        num_own = whole + jnp.where(self._place(whole, block) < rest, 1, 0)
 
         @pl.when(thread == WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            self._load(arrays, memory, block, num_own)
+            self._load(arrays, memory, block)
 
         @pl.when(thread < WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(REGISTERS, action="increase")
-            self._compute(arrays, memory, block, num_own)
+            self._compute(arrays, memory, block)
 
     def _place(self, turn: Array, block: Array) -> Array:
         """Which of a round's items a thread block takes: rounds go back and forth."""
         return jnp.where(lax.rem(turn, 2) == 0, block, self.tiles.num_blocks - 1 - block)
+
+    def _num_own(self, arrays: Inputs, block: Array) -> Array:
+        """How many items a thread block takes."""
+        num_items = arrays.counts[0] * self.shape.items_per_tile
+        rounds, rest = lax.div(num_items, self.tiles.num_blocks), lax.rem(num_items, self.tiles.num_blocks)
+        return rounds + jnp.where(self._place(rounds, block) < rest, 1, 0)
 
     def _item(self, arrays: Inputs, block: Array, turn: Array) -> Item:
         """Reads a thread block's n-th item; past the last, anything."""
@@ -189,7 +192,7 @@ class Kernel:
         edge = jnp.minimum(jnp.maximum(lax.div(item.position + 1, size), whole), stop - 1)
         return Blocks(first, whole, edge, stop)
 
-    def _load(self, arrays: Inputs, memory: Memory, block: Array, num_own: Array) -> None:
+    def _load(self, arrays: Inputs, memory: Memory, block: Array) -> None:
         """The loading warpgroup."""
         shape, stages, buffers = self.shape, self.tiles.stages, self.tiles.query_buffers
         unit = self.tiles.block_tokens // self.copies
@@ -252,7 +255,7 @@ class Kernel:
             loaded: Array = lax.fori_loop(blocks.first, blocks.stop, load_block, count)
             return loaded
 
-        lax.fori_loop(0, num_own, load_item, jnp.int32(0))
+        lax.fori_loop(0, self._num_own(arrays, block), load_item, jnp.int32(0))
 
     def _corner(self, item: Item, warpgroup: Array | int) -> tuple[Array, Array]:
         """First row of q and first query head of a warpgroup."""
@@ -260,7 +263,7 @@ class Kernel:
             return item.row, item.head + warpgroup * self.shape.own_heads
         return item.row + warpgroup * self.shape.own_tokens, item.head
 
-    def _compute(self, arrays: Inputs, memory: Memory, block: Array, num_own: Array) -> None:
+    def _compute(self, arrays: Inputs, memory: Memory, block: Array) -> None:
         """A computing warpgroup."""
         me = lax.axis_index("warpgroup")
         buffers, stages = self.tiles.query_buffers, self.tiles.stages
@@ -316,7 +319,9 @@ class Kernel:
                 self._release_query(memory, turn + 1, turn)
             return count + 1, following
 
-        lax.fori_loop(0, num_own, compute_item, (jnp.int32(0), self._item(arrays, block, jnp.int32(0))))
+        lax.fori_loop(
+            0, self._num_own(arrays, block), compute_item, (jnp.int32(0), self._item(arrays, block, jnp.int32(0)))
+        )
         pl.when(me == 0)(functools.partial(self._take_turn, memory))
         plgpu.wait_smem_to_gmem(0)
 
@@ -466,15 +471,17 @@ class Kernel:
         def _() -> None:
             @pl.when(me == 0)
             def _() -> None:
-                at = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
+                layout = plgpu.Layout.WGMMA
                 for row in range(0, self.tiles.block_tokens, ROWS):
-                    owned = at < end - row
+                    at = row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1))
+                    owned = at < end
                     if self.config.sliding_window is not None:
                         # The context's last page may stand in for those before the window.
-                        owned &= at > item.position - self.config.sliding_window - start - row
+                        owned &= at > item.position - self.config.sliding_window - start
+                    owned = lax.broadcast_in_dim(owned, (ROWS, width), [0])
                     for column in range(0, self.shape.head_dim, width):
                         held = memory.values.at[stage, pl.ds(row, ROWS), pl.ds(column, width)]
-                        found = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+                        found = plgpu.layout_cast(held[...], layout)
                         held[...] = jnp.where(owned, found, jnp.zeros_like(found))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(memory.cleared)

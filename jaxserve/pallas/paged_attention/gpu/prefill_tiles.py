@@ -22,7 +22,7 @@ MIN_TOKENS = 8
 EDGE_COLUMNS = 64
 """Columns of an output tile that go through shared memory at a time where its rows are written one by one."""
 
-REGISTERS = 232
+REGISTERS = 240
 """Registers of a computing thread, after the loading warpgroup has given up most of its own."""
 
 SPARE_REGISTERS = 40

@@ -62,7 +62,7 @@ def compile_programs(
 
 def _compile(program: Program, mesh: Mesh | None) -> Any:  # noqa: ANN401 - JAX does not export the type
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return program.function.lower(*program.args).compile()
+        return program.lower().compile(compiler_options=dict(program.options) or None)
 
 
 @dataclass

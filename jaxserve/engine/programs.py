@@ -10,8 +10,9 @@ the same abstract arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -161,11 +162,18 @@ class Program:
         key: Its name and bucket.
         function: Jitted, donating what it changes.
         args: Abstract arguments.
+        options: What the compiler is told besides its flags.
     """
 
     key: Key
     function: Any
     args: tuple[Any, ...]
+    options: Mapping[str, bool | str] = field(default_factory=dict)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces the function for its arguments."""
+        lowered: jax.stages.Lowered = self.function.lower(*self.args)
+        return lowered
 
 
 def decode(
@@ -285,7 +293,19 @@ def programs(replica: Replica) -> list[Program]:
     function = _jit(copy, donate=(0,), out=held)
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     result.append(Program(key=("allocate", 0), function=_jit(replica.layout.zeros, donate=(), out=held), args=()))
-    return result + replica.holders()
+    options = compiler_options(replica.mesh.devices.flat[0].device_kind)
+    return [replace(program, options=options) for program in result + replica.holders()]
+
+
+def compiler_options(device_kind: str) -> Mapping[str, bool | str]:
+    """What the compiler is told of a kind of device.
+
+    On v7x, libtpu (0.0.51) lays 16-bit operands of matmuls out in tiles twice as tall as those that arguments have, and
+    so begins every step with a copy of all weights. It is told not to.
+    """
+    if device_kind.startswith("TPU7"):
+        return MappingProxyType({"xla_tpu_control_large_2nd_minor_layout_for_x16": False})
+    return MappingProxyType({})
 
 
 def _held(value: Array, *, dtype: jnp.dtype, turned: tuple[int, ...] | None) -> Array:

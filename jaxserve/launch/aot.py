@@ -254,9 +254,9 @@ def _compile(program: Program) -> tuple[jax.stages.Compiled, str]:
     The text is what the compiler dumps: `as_text` takes the executable apart again, and fails where libtpu has moved
     work to a SparseCore.
     """
-    lowered = program.function.lower(*program.args)
+    lowered = program.lower()
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, bool | str] = {**program.options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         [path] = Path(folder).glob("*.jit_*.after_optimizations.txt")
         return compiled, path.read_text()

@@ -198,7 +198,7 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
     Raises:
         ValueError: The kernel has no loop that multiplies matrices.
     """
-    hot = schedule.hot_loop
+    hot = schedule.hot_loop if answer["hot_trips"] == 1 else schedule.first_multiplying_loop
     if hot is None:
         raise ValueError(f"{schedule.name} has no loop that multiplies matrices")
     cycles = tile_cycles(schedule, hot, answer)

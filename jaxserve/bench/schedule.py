@@ -153,6 +153,17 @@ class KernelSchedule:
         multiplying = [loop for loop in self.loops if loop.matmuls]
         return min(multiplying, key=lambda loop: (-loop.depth, loop.own_cycles), default=None)
 
+    @property
+    def first_multiplying_loop(self) -> Loop | None:
+        """The first innermost loop that multiplies, in the order of the text: whole tiles come before their borders."""
+        multiplying = [loop for loop in self.loops if loop.matmuls]
+        innermost = [
+            loop
+            for loop in multiplying
+            if not any(loop.start <= other.start and other.end <= loop.end for other in multiplying if other != loop)
+        ]
+        return min(innermost, key=lambda loop: loop.start, default=None)
+
 
 def read_kernels(folder: Path) -> list[KernelSchedule]:
     """Every kernel whose schedule was dumped into a folder, in the order of compilation.

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from jaxserve.cli import main
 from jaxserve.server.openai.config import AppConfig
 
 ROOT = Path(__file__).parent.parent.parent
+
+# A test run started in the background ignores SIGINT, and so would all that it starts.
+HEEDING_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+CLI = "import sys; from jaxserve.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 async def test_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +55,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program() -> None:
     with serving(Stub(delay_s=0.2)) as stub:
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxserve.cli", "chat", "--url", stub.url, "--max-tokens", "100"],
+            [sys.executable, "-c", HEEDING_SIGINT + CLI, "chat", "--url", stub.url, "--max-tokens", "100"],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -79,5 +84,7 @@ def _read_until(terminal: int, text: str) -> str:
     """What a program writes to its terminal until this appears; fails if it ends before."""
     shown = b""
     while text.encode() not in shown:
+        ready, _, _ = select.select([terminal], [], [], 30)
+        assert ready, f"no {text!r} in {shown!r}"
         shown += os.read(terminal, 4096)
     return shown.decode()

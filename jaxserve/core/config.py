@@ -20,9 +20,6 @@ from jaxserve.core.setting import boolean, choice, declare, integer, names, numb
 
 MIB = 1 << 20
 
-MAX_PAGE_TABLE_BYTES = 512 << 10
-"""Half of a TPU's scalar memory."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshShape:
@@ -139,7 +136,7 @@ class ServeConfig:
                 f"max_model_len={self.max_model_len} is beyond the model's {facts.max_position} positions; lower it.",
                 param="max_model_len",
             )
-        page_size = self.page_size or (16 if on_cpu else self._page_size(facts, seqs))
+        page_size = self.page_size or (16 if on_cpu else 64)
         num_pages = self.num_pages or self._pages(facts, page_size)
         longest = min(self.max_model_len or facts.max_position, num_pages * page_size)
         if self.max_model_len is not None and longest < self.max_model_len:
@@ -171,14 +168,6 @@ class ServeConfig:
             token_buckets=tuple(sorted(token_buckets)),
             long_prefill_token_threshold=self.long_prefill_token_threshold or max(1, batched // 2),
         )
-
-    def _page_size(self, facts: Facts, seqs: int) -> int:
-        """64, or more where the page table of long contexts would not fit a TPU's scalar memory, which kernels read."""
-        if facts.platform != "tpu":
-            return 64
-        length = min(self.max_model_len or facts.max_position, self._room(facts) // facts.kv_bytes_per_token)
-        fitting = (size for size in (64, 128) if 4 * seqs * -(-length // size) <= MAX_PAGE_TABLE_BYTES)
-        return next(fitting, 256)
 
     def _room(self, facts: Facts) -> int:
         """Bytes of a device that its weights leave to the pool."""

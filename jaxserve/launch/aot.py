@@ -225,14 +225,19 @@ def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
     """Compiles a program and reads what the compiler says; a failure is reported, not raised."""
     name, bucket = program.key
     started = time.monotonic()
-    try:
-        # Pallas learns the chip's generation from the mesh of the thread.
-        with jax.set_mesh(mesh):
-            compiled, text = _compile(program)
-    except Exception as error:  # the compiler's errors are of many types; each is a finding
-        return ProgramReport(
-            name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler's dump, for `as_text` takes the executable apart again, and fails where libtpu has moved work to
+        # a SparseCore.
+        options: dict[str, bool | str] = {**program.options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            # Pallas learns the chip's generation from the mesh of the thread.
+            with jax.set_mesh(mesh):
+                compiled = program.lower().compile(compiler_options=options)
+        except Exception as error:  # the compiler's errors are of many types; each is a finding
+            return ProgramReport(
+                name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
+            )
+        text = optimised_hlo(Path(folder))
     memory = compiled.memory_analysis()
     assert memory is not None
     return ProgramReport(
@@ -248,18 +253,14 @@ def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
     )
 
 
-def _compile(program: Program) -> tuple[jax.stages.Compiled, str]:
-    """A program's executable and its optimised HLO.
+def optimised_hlo(folder: Path) -> str:
+    """The optimised HLO of the one program whose compilation was dumped to a folder.
 
-    The text is what the compiler dumps: `as_text` takes the executable apart again, and fails where libtpu has moved
-    work to a SparseCore.
+    libtpu names the file `module_0000.jit_f.cl_1.after_optimizations.txt`, the CUDA compiler
+    `module_0001.jit_f.sm_9.0a_gpu_after_optimizations.txt`.
     """
-    lowered = program.lower()
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, bool | str] = {**program.options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = lowered.compile(compiler_options=options)
-        [path] = Path(folder).glob("*.jit_*.after_optimizations.txt")
-        return compiled, path.read_text()
+    [path] = folder.glob("*.jit_*after_optimizations.txt")
+    return path.read_text()
 
 
 def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -> tuple[Replica, ResolvedConfig]:

@@ -14,7 +14,7 @@ from jaxserve.checkpoint.presets import default_presets_dir, preset_names
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.errors import ConfigError
 from jaxserve.kv.pool import tiled
-from jaxserve.launch.aot import AotReport, ProgramReport, aot_report
+from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, optimised_hlo
 from jaxserve.launch.aot_suite import (
     MAX_DECODE_TEMPORARY_BYTES,
     default_topologies_dir,
@@ -30,6 +30,10 @@ from jaxserve.sharding.mesh import abstract_mesh
 from jaxserve.sharding.topology import parse_topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="JAX's CUDA plugin is not installed",
+)
 
 MODEL = "smollm2-135m"
 SPEC = spec_of("llama-3.1-8b")
@@ -112,6 +116,32 @@ def test_weights_are_not_copied_on_v7x() -> None:
     assert decode.failure is None
     assert decode.temporary_bytes < MAX_DECODE_TEMPORARY_BYTES
     assert decode.collectives == ()
+
+
+@needs_cuda
+def test_steps_compile_for_gpus() -> None:
+    settings = {"mesh": "tensor=2", "max_num_seqs": "16", "max_model_len": "1024", "num_pages": "64"}
+    report = aot_report(MODEL, parse_topology("h100:2"), settings=settings, wanted=(("head", 16), ("decode", 16)))
+    assert not report.failures
+    head, decode = report.programs
+    assert decode.aliased_bytes >= report.kv_bytes, "the pool is changed in place"
+    assert decode.argument_bytes >= report.kv_bytes + report.weight_bytes
+    assert {each.kind for each in head.collectives} == {"all-gather"}
+    assert {each.kind for each in decode.collectives} == {"all-reduce"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "another"),
+    [
+        (".cl_1.after_optimizations", ".cl_1.after_optimizations-buffer-assignment"),
+        (".sm_9.0a_gpu_after_optimizations", ".sm_9.0a_gpu_after_optimizations-live-range"),
+    ],
+)
+def test_the_optimised_program_is_found_among_what_a_compiler_dumps(tmp_path: Path, ours: str, another: str) -> None:
+    (tmp_path / f"module_0001.jit_decode{ours}.txt").write_text("HloModule jit_decode")
+    (tmp_path / f"module_0001.jit_decode{another}.txt").write_text("else")
+    (tmp_path / "module_0001.jit_decode.before_optimizations.txt").write_text("before")
+    assert optimised_hlo(tmp_path) == "HloModule jit_decode"
 
 
 @needs_libtpu

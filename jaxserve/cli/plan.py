@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive, positives
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
     from jaxserve.launch.estimate import Workload
+    from jaxserve.sharding.topology import Topology
 
 
 def add_command(commands: Commands) -> None:
@@ -38,11 +40,37 @@ def add_command(commands: Commands) -> None:
     load.add_argument("--input-len", type=positive, default=1024, metavar="N", help="tokens of a prompt")
     load.add_argument("--output-len", type=positive, default=256, metavar="N", help="tokens generated for it")
     load.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests at once, if they fit")
-    load.add_argument("--price", type=above_zero, metavar="$", help="dollars a chip costs an hour")
+    load.add_argument(
+        "--lengths",
+        type=positives,
+        metavar="N,...",
+        help="lengths at which to count the sequences that fit (default: 1024,4096,16384,65536)",
+    )
+    load.add_argument(
+        "--price",
+        type=_prices,
+        metavar="$",
+        default={},
+        help="dollars a chip costs an hour: one price for all, or v6e=2.70,h100=3.00",
+    )
     parser.add_argument("--offline", action="store_true", help="fetch nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
     parser.set_defaults(run=run)
+
+
+def _prices(text: str) -> Mapping[str, float]:
+    """Prices by chip; the one for all others under an empty name."""
+    prices = {}
+    for part in text.split(","):
+        name, _, price = part.rpartition("=")
+        prices[name.strip()] = above_zero(price)
+    return prices
+
+
+def price_of(prices: Mapping[str, float], topology: Topology) -> float | None:
+    """What a chip of a slice costs."""
+    return prices.get(topology.chip.name, prices.get(""))
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -79,34 +107,36 @@ def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
                 topology,
                 workload,
                 settings=settings_of(arguments),
+                lengths=arguments.lengths,
                 offline=arguments.offline,
                 progress=progress,
             )
             for topology in topologies
         ]
     if arguments.json:
-        shown = [as_json(each, arguments.price) for each in plans]
+        shown = [as_json(each, price_of(arguments.price, each.topology)) for each in plans]
         print(
             json.dumps(shown[0] if len(shown) == 1 else {"fits": all(p.fits for p in plans), "plans": shown}, indent=2)
         )
     else:
         console = Console()
         for each in plans:
-            console.print(*tables(each, arguments.price), sep="\n")
+            console.print(*tables(each, price_of(arguments.price, each.topology)), sep="\n")
     return 0 if all(each.fits for each in plans) else 1
 
 
 def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
     from rich.console import Console
 
-    from jaxserve.launch.plan import fit
+    from jaxserve.launch.fit import fit
     from jaxserve.launch.plan_report import fit_json, fit_table
 
     candidates = fit(arguments.model, workload, settings=settings_of(arguments), offline=arguments.offline)
+    prices = [price_of(arguments.price, each.topology) for each in candidates]
     if arguments.json:
-        print(json.dumps(fit_json(arguments.model, candidates, arguments.price), indent=2))
+        print(json.dumps(fit_json(arguments.model, candidates, prices), indent=2))
     elif candidates:
-        Console().print(fit_table(arguments.model, workload, candidates, arguments.price))
+        Console().print(fit_table(arguments.model, workload, candidates, prices))
     else:
         print(f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer.")
     return 0 if candidates else 1

@@ -20,6 +20,18 @@ from jaxserve.core.setting import boolean, choice, declare, integer, names, numb
 
 MIB = 1 << 20
 
+ACCELERATOR_SEQS = 256
+"""Sequences that run at once on an accelerator by default."""
+
+ACCELERATOR_TOKENS = 2048
+"""Tokens that a step computes on an accelerator by default."""
+
+MEMORY_FRACTION = 0.9
+"""Share of a device's memory that weights and pool take together by default."""
+
+MAX_NUM_SEQS = 4096
+"""Most sequences that can be asked to run at once."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshShape:
@@ -82,7 +94,7 @@ class ServeConfig:
     max_model_len: int | None = declare(
         None, integer(2), "most tokens of prompt and output (auto: the model's, if the pool holds it)", none="auto"
     )
-    max_num_seqs: int | None = declare(None, integer(1, 4096), "most sequences that run at once", none="auto")
+    max_num_seqs: int | None = declare(None, integer(1, MAX_NUM_SEQS), "most sequences that run at once", none="auto")
     max_num_batched_tokens: int | None = declare(None, integer(1), "most tokens a step computes", none="auto")
     page_size: int | None = declare(None, integer(1, 1024), "tokens a KV page holds", none="auto")
     num_pages: int | None = declare(None, integer(1), "pages in the KV pool", none="auto")
@@ -123,8 +135,8 @@ class ServeConfig:
             ConfigError: The settings contradict each other, the model, or the memory there is.
         """
         on_cpu = facts.platform == "cpu"
-        seqs = self.max_num_seqs or (64 if on_cpu else 256)
-        batched = self.max_num_batched_tokens or (512 if on_cpu else 2048)
+        seqs = self.max_num_seqs or (64 if on_cpu else ACCELERATOR_SEQS)
+        batched = self.max_num_batched_tokens or (512 if on_cpu else ACCELERATOR_TOKENS)
         if batched < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}: a step could not advance every "
@@ -173,7 +185,7 @@ class ServeConfig:
         """Bytes of a device that its weights leave to the pool."""
         if facts.device_memory_bytes is None:
             return 384 * MIB
-        return int(facts.device_memory_bytes * (self.memory_fraction or 0.9)) - facts.weight_bytes
+        return int(facts.device_memory_bytes * (self.memory_fraction or MEMORY_FRACTION)) - facts.weight_bytes
 
     def _pages(self, facts: Facts, page_size: int) -> int:
         page_bytes = facts.kv_bytes_per_token * page_size

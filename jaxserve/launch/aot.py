@@ -9,9 +9,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +167,7 @@ def aot_report(
     settings: Mapping[str, str] | None = None,
     wanted: tuple[Key, ...] | None = None,
     largest_only: bool = False,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> AotReport:
     """Compiles a model's programs for a slice.
@@ -178,6 +178,7 @@ def aot_report(
         settings: Flags of serve as text, by setting name.
         wanted: Programs to compile; all if None.
         largest_only: Of each program only its largest size, and the decoder also at the size of a full decode step.
+        offline: Fetch nothing.
         progress: Told how many are done.
 
     Raises:
@@ -190,12 +191,14 @@ def aot_report(
         "settings": dict(settings or {}),
         "wanted": None if wanted is None else [list(key) for key in wanted],
         "largest_only": largest_only,
+        "offline": offline,
     }
 
     def told(message: Message) -> None:
         if progress is not None and "done" in message:
             progress(f"compile for {topology}", message["done"], message["total"])
 
+    told({"done": 0, "total": 1})
     said = run_deviceless(topology, "jaxserve.launch.aot", request, on_message=told)
     return AotReport.from_json(said)
 
@@ -280,16 +283,15 @@ def largest_keys(replica: Replica) -> list[list[object]]:
 def _respond(request: Message) -> Message:
     topology = parse_topology(request["topology"])
     config = config_for(request["model"], request["settings"], topology)
-    replica, _ = abstract_replica(spec_of(request["model"]), config, topology)
+    replica, _ = abstract_replica(spec_of(request["model"], offline=request["offline"]), config, topology)
     wanted = largest_keys(replica) if request["largest_only"] else request["wanted"]
     chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
-    reports = []
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        for done, report in enumerate(pool.map(partial(compile_report, mesh=replica.mesh), chosen), start=1):
-            reports.append(report)
+        reports = [pool.submit(compile_report, each, replica.mesh) for each in chosen]
+        for done, _ in enumerate(as_completed(reports), start=1):
             reply({"done": done, "total": len(chosen)})
     message = describe(request["model"], topology, replica).as_json()
-    return {**message, "programs": [asdict(report) for report in reports]}
+    return {**message, "programs": [asdict(report.result()) for report in reports]}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxserve.checkpoint.json_file import read_object
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import spec_of
+from jaxserve.core.config import MEMORY_FRACTION
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import SCORED_ROWS
 from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, config_for
@@ -32,9 +33,6 @@ from jaxserve.sharding.topology import Topology, parse_topology
 
 MAX_DECODE_TEMPORARY_BYTES = 64 << 20
 """What a step of one token a sequence may need besides its arguments: no second pool, no layer of it."""
-
-POOL_SHARE = 0.9
-"""Share of a device's memory that weights and pool take together by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ def run_cases(
         spec = spec_of(case.model)
         costs = _costs(spec, case)
         weights = costs.weight_bytes()
-        if weights > POOL_SHARE * case.topology.chip.hbm_bytes:
+        if weights > MEMORY_FRACTION * case.topology.chip.hbm_bytes:
             yield Outcome(case=case, seconds=0.0, weight_bytes=weights, report=None, problems=())
             continue
         report = aot_report(case.model, case.topology, largest_only=largest_only, progress=progress)
@@ -160,18 +158,18 @@ def expected_collectives(program: ProgramReport, costs: CostModel) -> Counter[tu
     The decoder sums the residual stream after each split projection and after a split embedding; the head and the
     scorer gather the logits of a split vocabulary, the scorer a block of rows at a time.
     """
-    spec, size = costs.blueprint.spec, program.bucket
-    exchanged = Counter[tuple[str, int]]()
-    head = 1 if costs.work(_rows(0, 1)).sent_bytes > 0 else 0
-    if program.name == "decode":
-        count = costs.work(_rows(size, 0)).num_collectives - head
-        exchanged["all-reduce", size * spec.hidden_size * costs.blueprint.dtype.itemsize] = count
-    elif program.name == "head":
-        exchanged["all-gather", size * spec.vocab_size * 4] = head
-    elif program.name == "score":
-        rows = min(SCORED_ROWS, size)
-        exchanged["all-gather", rows * spec.vocab_size * 4] = head * -(-size // rows)
-    return Counter({key: count for key, count in exchanged.items() if count})
+    size, times = program.bucket, 1
+    match program.name:
+        case "decode":
+            shape = _rows(size, 0)
+        case "head":
+            shape = _rows(0, size)
+        case "score":
+            rows = min(SCORED_ROWS, size)
+            shape, times = _rows(0, rows), -(-size // rows)
+        case _:
+            return Counter()
+    return Counter({(each.kind.value, each.num_bytes): times * each.count for each in costs.work(shape).exchanges})
 
 
 def _rows(num_tokens: int, num_scored: int) -> StepShape:

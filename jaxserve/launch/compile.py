@@ -82,6 +82,7 @@ def compile_bundle(
         if progress is not None and "done" in message:
             progress(f"compile for {topology}", message["done"], message["total"])
 
+    told({"done": 0, "total": 1})
     said = run_deviceless(parse_topology(topology), "jaxserve.launch.compile", request, on_message=told)
     return Written(**said)
 

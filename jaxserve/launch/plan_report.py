@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxserve.launch.estimate import ServiceEstimate, Workload
-from jaxserve.launch.plan import GIB, Candidate, Plan
+from jaxserve.launch.estimate import Bound, ServiceEstimate, Workload
+from jaxserve.launch.fit import Candidate
+from jaxserve.launch.plan import Plan
+from jaxserve.launch.verdict import GIB
 from jaxserve.sharding.topology import Topology
 
 MILLION = 1e6
+
+_WIDTH = 78
+
+_BOUNDS = {Bound.COMPUTE: "compute", Bound.MEMORY: "memory", Bound.INTERCONNECT: "links"}
+"""What a table calls what a step waits for."""
 
 
 def tables(plan: Plan, price: float | None) -> list[RenderableType]:
@@ -24,12 +32,11 @@ def tables(plan: Plan, price: float | None) -> list[RenderableType]:
         price: Dollars a chip costs an hour, or None.
     """
     shown: list[RenderableType] = [Text(plan.sentence, style="bold green" if plan.fits else "bold red")]
+    shown += [Text(note) for note in plan.notes]
     if plan.memory is not None:
-        shown.append(_memory_table(plan))
-    if plan.steps:
-        shown.append(_step_table(plan))
-    if plan.service is not None:
-        shown.append(_service_table(plan, plan.service, price))
+        shown += [_memory_table(plan), *_lines(plan)]
+    if plan.service is not None and plan.service_in_turn is not None:
+        shown += [_step_table(plan), _service_table(plan, plan.service, plan.service_in_turn, price)]
         shown.append(Text(f"jaxserve serve {plan.model} {flags(plan)}"))
     return shown
 
@@ -40,14 +47,15 @@ def flags(plan: Plan) -> str:
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
-    """A plan as a JSON object; bytes are of one device, times of one replica."""
-    memory, report, service = plan.memory, plan.report, plan.service
+    """A plan as a JSON object; bytes are of one device, times of one replica, tokens a second of all replicas."""
+    memory, report = plan.memory, plan.report
     return {
         "model": plan.model,
         "topology": str(plan.topology),
         "chips": plan.topology.num_chips,
         "fits": plan.fits,
         "answer": plan.sentence,
+        "notes": list(plan.notes),
         "settings": dict(plan.settings),
         "replicas": plan.replicas,
         "memory_bytes": None
@@ -67,6 +75,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
             {
                 "name": step.name,
                 "ms": 1e3 * step.seconds,
+                "in_turn_ms": 1e3 * step.in_turn_s,
                 "compute_ms": 1e3 * step.compute_s,
                 "memory_ms": 1e3 * step.memory_s,
                 "interconnect_ms": 1e3 * step.interconnect_s,
@@ -74,11 +83,12 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
             }
             for step in plan.steps
         ],
-        "service": None if service is None else _service_json(service, plan.replicas, plan.topology, price),
+        "service": _service_json(plan.service, plan.replicas, plan.topology, price),
+        "service_in_turn": _service_json(plan.service_in_turn, plan.replicas, plan.topology, price),
     }
 
 
-def fit_json(model: str, candidates: Sequence[Candidate], price: float | None) -> dict[str, Any]:
+def fit_json(model: str, candidates: Sequence[Candidate], prices: Sequence[float | None]) -> dict[str, Any]:
     """The slices that hold a model as a JSON object."""
     return {
         "model": model,
@@ -93,37 +103,46 @@ def fit_json(model: str, candidates: Sequence[Candidate], price: float | None) -
                 "kv_tokens": each.kv_tokens,
                 "service": _service_json(each.service, each.replicas, each.topology, price),
             }
-            for each in candidates
+            for each, price in zip(candidates, prices, strict=True)
         ],
     }
 
 
-def fit_table(model: str, workload: Workload, candidates: Sequence[Candidate], price: float | None) -> Table:
-    """A row for each slice that holds a model."""
+def fit_table(
+    model: str, workload: Workload, candidates: Sequence[Candidate], prices: Sequence[float | None]
+) -> RenderableType:
+    """A row for each slice that holds a model.
+
+    Args:
+        model: As it was named.
+        workload: What was asked for.
+        candidates: The slices.
+        prices: What a chip of each costs an hour in dollars, or None.
+    """
+    priced = any(price is not None for price in prices)
+    numbers = ["chips", "shards", "GiB", "KV tokens", "ttft", "tpot", "tok/s", *(["M tok/$"] if priced else [])]
     grid = Table(
         Column("slice", no_wrap=True),
-        *("chips", "shards", "replicas", "weights, GiB"),
-        Column("KV tokens", no_wrap=True),
-        *("ttft, ms", "tpot, ms", "tok/s"),
-        *(["M tok/$"] if price is not None else []),
-        title=f"{model}: {workload.concurrency} x ({workload.input_len} + {workload.output_len}) tokens, at best",
-        caption="By arithmetic; `jaxserve plan --topology` compiles the programs as well.",
+        *(Column(name, justify="right", no_wrap=True) for name in numbers),
+        title=f"{model}: {workload.concurrency} requests of {workload.input_len} + {workload.output_len} tokens",
+        caption="By arithmetic: GiB of weights a device; milliseconds to the first token and between tokens, at best. "
+        "`jaxserve plan --topology` compiles the programs, too.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
     )
-    for each in candidates:
+    for each, price in zip(candidates, prices, strict=True):
         service = each.service
         rate = service.output_tokens_per_s * each.replicas
-        paid = [] if price is None else [_per_dollar(rate, each.topology, price)]
         grid.add_row(
             str(each.topology),
             str(each.topology.num_chips),
-            str(each.tensor),
-            str(each.replicas),
+            f"{each.tensor}" + (f" x {each.replicas}" if each.replicas > 1 else ""),
             f"{each.weight_bytes / GIB:.1f}",
             f"{each.kv_tokens:,}",
-            f"{1e3 * service.ttft_s:.0f}",
+            f"{1e3 * service.ttft_s:.1f}",
             f"{1e3 * service.tpot_s:.2f}",
             f"{rate:,.0f}",
-            *paid,
+            *([_per_dollar(rate, each.topology, price)] if priced else []),
         )
     return grid
 
@@ -131,7 +150,13 @@ def fit_table(model: str, workload: Workload, candidates: Sequence[Candidate], p
 def _memory_table(plan: Plan) -> Table:
     memory = plan.memory
     assert memory is not None
-    grid = Table("a device's memory", "GiB", title=f"{plan.model} on {plan.topology}, {flags(plan)}", min_width=78)
+    grid = Table(
+        "a device's memory",
+        Column("GiB", justify="right"),
+        title=f"{plan.model} on {plan.topology}, {flags(plan)}",
+        min_width=_WIDTH,
+        box=box.SIMPLE_HEAD,
+    )
     parts = {
         "weights": memory.weights,
         "KV cache": memory.kv,
@@ -141,16 +166,25 @@ def _memory_table(plan: Plan) -> Table:
         "there is": memory.capacity,
     }
     for name, size in parts.items():
-        grid.add_row(name, f"{size / GIB:.2f}")
-    lengths = ", ".join(f"{count} of {length}" for length, count in plan.sequences.items())
+        grid.add_row(name, f"{size / GIB:.2f}", end_section=name == "code")
+    return grid
+
+
+def _lines(plan: Plan) -> list[Text]:
+    """What the pool holds, and what was compiled."""
     report = plan.report
     assert report is not None
-    grid.caption = (
-        f"The pool holds {plan.kv_tokens:,} tokens, {report.num_pages} pages of {report.page_size}; sequences at once: "
-        f"{lengths}. Decoder compiled for {_list(report.token_buckets)} tokens, head for {_list(report.seq_buckets)} "
-        "sequences."
-    )
-    return grid
+    room = ", ".join(f"{count:,} of {length}" for length, count in plan.sequences.items())
+    return [
+        Text(
+            f"KV cache: {plan.kv_tokens:,} tokens in {report.num_pages:,} pages of {report.page_size}; room for "
+            f"sequences of a length: {room}; {report.seq_buckets[-1]} run at once."
+        ),
+        Text(
+            f"Programs: decoder for {_list(report.token_buckets)} tokens, head for {_list(report.seq_buckets)} "
+            f"sequences; {report.dtype}, KV cache in {report.kv_dtype}, up to {report.max_model_len} tokens a sequence."
+        ),
+    ]
 
 
 def _list(numbers: Sequence[int]) -> str:
@@ -158,34 +192,52 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def _step_table(plan: Plan) -> Table:
-    grid = Table("step, at least", "ms", "compute", "memory", "interconnect", "bound by")
-    for step in plan.steps:
-        parts = (step.seconds, step.compute_s, step.memory_s, step.interconnect_s)
-        grid.add_row(step.name, *(f"{1e3 * seconds:.3f}" for seconds in parts), step.bound.value)
-    return grid
-
-
-def _service_table(plan: Plan, service: ServiceEstimate, price: float | None) -> Table:
-    load = service.workload
+    exchanging = any(step.interconnect_s for step in plan.steps)
+    names = ["at best", *(["in turn"] if exchanging else []), "compute", "memory", *(["links"] if exchanging else [])]
     grid = Table(
-        "users see, at best", "", title=f"{load.concurrency} requests of {load.input_len} + {load.output_len} tokens"
+        "step, ms",
+        *(Column(name, justify="right") for name in names),
+        "bound by",
+        min_width=_WIDTH,
+        box=box.SIMPLE_HEAD,
+        caption="In turn: nothing else is done during exchanges between devices." if exchanging else None,
     )
-    rate = service.output_tokens_per_s * plan.replicas
-    grid.add_row("time to first token", f"{1e3 * service.ttft_s:.1f} ms")
-    grid.add_row("time per output token", f"{1e3 * service.tpot_s:.2f} ms")
-    grid.add_row(
-        "output tokens a second", f"{rate:,.0f}" + (f" ({plan.replicas} replicas)" if plan.replicas > 1 else "")
-    )
-    if price is not None:
-        grid.add_row("million output tokens a dollar", _per_dollar(rate, plan.topology, price))
+    for step in plan.steps:
+        parts = [step.seconds, *([step.in_turn_s] if exchanging else []), step.compute_s, step.memory_s]
+        parts += [step.interconnect_s] if exchanging else []
+        grid.add_row(step.name, *(f"{1e3 * seconds:.3f}" for seconds in parts), _BOUNDS[step.bound])
     return grid
 
 
-def _per_dollar(tokens_per_s: float, topology: Topology, price: float) -> str:
-    return f"{3600 * tokens_per_s / (price * topology.num_chips) / MILLION:.2f}"
+def _service_table(plan: Plan, best: ServiceEstimate, in_turn: ServiceEstimate, price: float | None) -> Table:
+    load = best.workload
+    columns = {"at best": best, **({"in turn": in_turn} if in_turn != best else {})}
+    grid = Table(
+        "users see",
+        *(Column(name, justify="right") for name in columns),
+        title=f"{load.concurrency} requests at once, {load.input_len} + {load.output_len} tokens",
+        min_width=_WIDTH,
+        box=box.SIMPLE_HEAD,
+    )
+    rates = [each.output_tokens_per_s * plan.replicas for each in columns.values()]
+    grid.add_row("time to first token, ms", *(f"{1e3 * each.ttft_s:.1f}" for each in columns.values()))
+    grid.add_row("time per output token, ms", *(f"{1e3 * each.tpot_s:.2f}" for each in columns.values()))
+    grid.add_row("output tokens a second", *(f"{rate:,.0f}" for rate in rates))
+    if price is not None:
+        dollars = (_per_dollar(rate, plan.topology, price) for rate in rates)
+        grid.add_row("million output tokens a dollar", *dollars)
+    return grid
 
 
-def _service_json(service: ServiceEstimate, replicas: int, topology: Topology, price: float | None) -> dict[str, Any]:
+def _per_dollar(tokens_per_s: float, topology: Topology, price: float | None) -> str:
+    return "" if price is None else f"{3600 * tokens_per_s / (price * topology.num_chips) / MILLION:.2f}"
+
+
+def _service_json(
+    service: ServiceEstimate | None, replicas: int, topology: Topology, price: float | None
+) -> dict[str, Any] | None:
+    if service is None:
+        return None
     load = service.workload
     rate = service.output_tokens_per_s * replicas
     return {

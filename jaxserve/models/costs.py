@@ -1,4 +1,4 @@
-"""What a step asks of each device: operations, bytes of memory traffic, bytes on the interconnect, counted by hand.
+"""What a step asks of each device: operations, bytes of memory traffic, exchanges with others, counted by hand.
 
 The counts follow the mathematics of the decoder and the shards its parameters are split into. They are the least a
 step can do: every weight read once, every visible key and value read once, activations kept on the chip. A compiler's
@@ -8,6 +8,7 @@ own estimate is of no use here, for it counts a scanned layer once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.params import ParamInfo
+from jaxserve.sharding.interconnect import Exchange, ExchangeKind
 from jaxserve.sharding.mesh import TENSOR
 from jaxserve.sharding.rules import sharding_for
 
@@ -63,16 +65,14 @@ class StepWork:
         attention_flops: Operations on keys and values.
         weight_bytes: Weights read.
         kv_bytes: Keys and values read and written.
-        sent_bytes: Bytes the device sends to others.
-        num_collectives: Exchanges with others, each of which waits for all.
+        exchanges: What the devices that share a model exchange.
     """
 
     matmul_flops: int
     attention_flops: int
     weight_bytes: int
     kv_bytes: int
-    sent_bytes: int
-    num_collectives: int
+    exchanges: tuple[Exchange, ...]
 
     @property
     def memory_bytes(self) -> int:
@@ -98,14 +98,12 @@ class CostModel:
 
     def work(self, shape: StepShape) -> StepWork:
         """What a step asks of each device."""
-        sent, collectives = self._exchanged(shape)
         return StepWork(
             matmul_flops=2 * self._multiplied(shape),
             attention_flops=4 * self._head_elements() * self.blueprint.spec.num_layers * shape.pairs,
             weight_bytes=self._weights_read(shape),
             kv_bytes=self.kv_bytes_per_token * (shape.read_tokens + shape.num_tokens),
-            sent_bytes=sent,
-            num_collectives=collectives,
+            exchanges=tuple(self._exchanges(shape)),
         )
 
     def weight_bytes(self) -> int:
@@ -142,29 +140,21 @@ class CostModel:
         heads = spec.num_heads // shards if self.kv_heads % shards == 0 else spec.num_heads
         return heads * spec.head_dim
 
-    def _exchanged(self, shape: StepShape) -> tuple[int, int]:
-        """Bytes a device sends, and in how many collectives.
+    def _exchanges(self, shape: StepShape) -> Iterator[Exchange]:
+        """Sums of the residual stream, and logits put together.
 
-        Rings: an all-reduce of n bytes sends 2 n (d - 1) / d of them over d devices, an all-gather half of that. What
-        is summed is rounded to the activations' dtype before it travels, as XLA does on TPUs.
+        What is summed is rounded to the activations' dtype before it travels, as XLA does on TPUs.
         """
-        shards = self.mesh.shape[TENSOR]
-        if shards == 1:
-            return 0, 0
         spec, params = self.blueprint.spec, self.blueprint.params()
-        ring = 2 * (shards - 1) / shards
-        residual = shape.num_tokens * spec.hidden_size * self.blueprint.dtype.itemsize
-        summed = [path for path in ("layers.attn.out.kernel", "layers.mlp.down.kernel") if self._is_split(params[path])]
-        sent = len(summed) * spec.num_layers * residual * ring
-        count = len(summed) * spec.num_layers
-        if self._is_split(params["embed.table"]):
-            sent += residual * ring
-            count += 1
+        layers = [self._is_split(params[f"layers.{path}.kernel"]) for path in ("attn.out", "mlp.down")]
+        sums = spec.num_layers * sum(layers) + self._is_split(params["embed.table"])
+        if sums and shape.num_tokens:
+            residual = shape.num_tokens * spec.hidden_size * self.blueprint.dtype.itemsize
+            yield Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=residual, count=sums)
         head = params["embed.table" if spec.tie_embeddings else "lm_head.table"]
-        if self._is_split(head):
-            sent += shape.num_scored * spec.vocab_size * 4 * ring / 2
-            count += 1
-        return round(sent), count
+        if self._is_split(head) and shape.num_scored:
+            logits = shape.num_scored * spec.vocab_size * 4
+            yield Exchange(kind=ExchangeKind.ALL_GATHER, num_bytes=logits, count=1)
 
     def _is_split(self, info: ParamInfo) -> bool:
         return self._shard_size(info) < math.prod(info.shape)

@@ -1,8 +1,12 @@
 """What accelerators can do: the published figures that memory plans and time estimates divide by.
 
-A figure is for one JAX device: a chip, except on TPU v7x, whose chips are two devices each. Bandwidth of the
-interconnect is what a device can send around a ring: both directions of one axis of links on a TPU, NVLink one way on
-a GPU. Peaks are dense.
+A figure is for one JAX device: a chip, except on TPU v7x, whose chips are two devices each; links are a chip's. Peaks
+are dense.
+
+Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x: "System architecture"), which give the interconnect of a
+chip both ways and all links together; arXiv:2304.01433 for v4's six links of 50 GB/s; jax-ml.github.io/scaling-book
+("How to Think About TPUs": which axes close to rings; "Sharded Matrices": about a microsecond a hop); NVIDIA's H100 and
+H200 data sheets (SXM), and arXiv:2507.04786 for a microsecond between GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +21,23 @@ GIB = 1 << 30
 KIB = 1 << 10
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """What connects chips of a kind.
+
+    Attributes:
+        num_axes: Axes of the grid in which each chip is wired to its neighbours; 0 if switches connect them.
+        bytes_per_s: One way over one link of a grid, or over all links to the switches.
+        die_bytes_per_s: One way between the devices of a chip, 0 if it is one.
+        hop_s: Time until a message has come over a link or through a switch.
+    """
+
+    num_axes: int
+    bytes_per_s: float
+    die_bytes_per_s: float
+    hop_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chip:
     """One device of a kind.
@@ -28,7 +49,7 @@ class Chip:
         hbm_bytes: Memory.
         hbm_bytes_per_s: Its bandwidth.
         flops_per_s: Dense operations a second, by number format of the operands.
-        link_bytes_per_s: Bytes a second that a device sends around a ring.
+        links: What connects it with others.
         fast_bytes: VMEM of a TensorCore, or shared memory a block can have.
         scalar_bytes: SMEM of a TensorCore, 0 on GPUs.
         cores: TensorCores or streaming multiprocessors.
@@ -44,7 +65,7 @@ class Chip:
     hbm_bytes: int
     hbm_bytes_per_s: float
     flops_per_s: Mapping[str, float]
-    link_bytes_per_s: float
+    links: Links
     fast_bytes: int
     scalar_bytes: int
     cores: int
@@ -69,10 +90,14 @@ def _flops(
     return MappingProxyType(rates)
 
 
-# TPUs: cloud.google.com/tpu/docs (system architecture pages of each version). float32 goes through the matrix unit in
-# six bfloat16 passes. Links one way: 45 GB/s (v4, v5e), 90 GB/s (v5p, v6e, v7x), times
-# the two directions of a ring.
-# GPUs: NVIDIA's H100 and H200 data sheets (SXM), dense figures; NVLink 4 at 450 GB/s each way.
+def _grid(num_axes: int, bytes_per_s: float, *, die_bytes_per_s: float = 0.0) -> Links:
+    return Links(num_axes=num_axes, bytes_per_s=bytes_per_s, die_bytes_per_s=die_bytes_per_s, hop_s=1e-6)
+
+
+# 18 links of 25 GB/s each way.
+_NVLINK4 = Links(num_axes=0, bytes_per_s=450e9, die_bytes_per_s=0.0, hop_s=1e-6)
+
+# float32 goes through a TPU's matrix unit in six bfloat16 passes.
 _CHIPS = (
     Chip(
         name="v4",
@@ -81,7 +106,7 @@ _CHIPS = (
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1228e9,
         flops_per_s=_flops(275e12, int8=275e12, float32=275e12 / 6),
-        link_bytes_per_s=90e9,
+        links=_grid(3, 50e9),
         fast_bytes=16 << 20,
         scalar_bytes=1 << 20,
         cores=2,
@@ -97,7 +122,7 @@ _CHIPS = (
         hbm_bytes=16 * GIB,
         hbm_bytes_per_s=820e9,
         flops_per_s=_flops(197e12, int8=394e12, float32=197e12 / 6),
-        link_bytes_per_s=90e9,
+        links=_grid(2, 50e9),
         fast_bytes=128 << 20,
         scalar_bytes=1 << 20,
         cores=1,
@@ -113,7 +138,7 @@ _CHIPS = (
         hbm_bytes=95 * GIB,
         hbm_bytes_per_s=2765e9,
         flops_per_s=_flops(459e12, int8=918e12, float32=459e12 / 6),
-        link_bytes_per_s=180e9,
+        links=_grid(3, 100e9),
         fast_bytes=64 << 20,
         scalar_bytes=1 << 20,
         cores=2,
@@ -129,7 +154,7 @@ _CHIPS = (
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1640e9,
         flops_per_s=_flops(918e12, int8=1836e12, float32=918e12 / 6),
-        link_bytes_per_s=180e9,
+        links=_grid(2, 100e9),
         fast_bytes=128 << 20,
         scalar_bytes=1 << 20,
         cores=1,
@@ -145,7 +170,7 @@ _CHIPS = (
         hbm_bytes=96 * GIB,
         hbm_bytes_per_s=3690e9,
         flops_per_s=_flops(1153e12, fp8=2307e12, float32=1153e12 / 6),
-        link_bytes_per_s=180e9,
+        links=_grid(3, 100e9, die_bytes_per_s=600e9),
         fast_bytes=64 << 20,
         scalar_bytes=1 << 20,
         cores=1,
@@ -161,7 +186,7 @@ _CHIPS = (
         hbm_bytes=80 * 10**9,
         hbm_bytes_per_s=3350e9,
         flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
-        link_bytes_per_s=450e9,
+        links=_NVLINK4,
         fast_bytes=227 * KIB,
         scalar_bytes=0,
         cores=132,
@@ -177,7 +202,7 @@ _CHIPS = (
         hbm_bytes=141 * 10**9,
         hbm_bytes_per_s=4800e9,
         flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
-        link_bytes_per_s=450e9,
+        links=_NVLINK4,
         fast_bytes=227 * KIB,
         scalar_bytes=0,
         cores=132,

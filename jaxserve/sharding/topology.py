@@ -32,6 +32,8 @@ _NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+(?:x\d+){0,2})")
 _ERROR_LINES = 6
 _ERROR = "jaxserve_error"
 _CHIPS_PER_HOST = 4
+_POD_SIDE = 16
+_CUBE_SIDE = 4
 
 HOPPER = """
 gpu_device_info {{
@@ -92,6 +94,20 @@ class Topology:
         """JAX devices, as a mesh counts them."""
         return self.num_chips * self.chip.devices_per_chip
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Whether each axis is closed: in two dimensions one of 16 chips, in three all if they make whole 4x4x4 cubes.
+
+        Smaller slices are cut out of a ring, and optical links close cubes only
+        (jax-ml.github.io/scaling-book/tpus, "TPU Networking").
+        """
+        match self.chip.links.num_axes:
+            case 2:
+                return tuple(side == _POD_SIDE for side in self.grid)
+            case 3:
+                return (all(side % _CUBE_SIDE == 0 for side in self.grid),) * 3
+        return (False,) * len(self.grid)
+
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -100,12 +116,8 @@ _COUNTS = ("1", "2", "4", "8")
 
 def slices(chip: Chip) -> list[Topology]:
     """Slices of a chip that are rented as one, ascending: GKE's topologies up to 512 chips, the GPUs of a host."""
-    sizes = {1: _COUNTS, 2: _FLAT, 3: _DEEP}[_num_axes(chip)]
+    sizes = {0: _COUNTS, 2: _FLAT, 3: _DEEP}[chip.links.num_axes]
     return [parse_topology(f"{chip.name}:{size}") for size in sizes]
-
-
-def _num_axes(chip: Chip) -> int:
-    return 1 if chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p", "tpu7x") else 2
 
 
 def parse_topology(name: str) -> Topology:
@@ -123,7 +135,7 @@ def parse_topology(name: str) -> Topology:
         )
     chip = chip_named(found["chip"])
     grid = tuple(int(side) for side in found["grid"].split("x"))
-    wanted = _num_axes(chip)
+    wanted = chip.links.num_axes or 1
     if len(grid) != wanted or not all(grid):
         example = {1: "8", 2: "2x4", 3: "2x2x1"}[wanted]
         raise ConfigError(f"{name!r}: a topology of {chip.title} looks like {chip.name}:{example}.", param="topology")

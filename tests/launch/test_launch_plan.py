@@ -10,17 +10,20 @@ import pytest
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.cli import main
+from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.launch import plan as planning
 from jaxserve.launch.aot import AotReport, ProgramReport
 from jaxserve.launch.estimate import Bound, Estimator, Workload
-from jaxserve.launch.plan import GIB, Plan, choose_tensor, fit, plan, weight_bytes
+from jaxserve.launch.fit import choose_tensor, costs_of, estimator_of, fit, weight_bytes
+from jaxserve.launch.plan import Plan, plan
+from jaxserve.launch.verdict import GIB
 from jaxserve.models.costs import StepShape
-from jaxserve.sharding.chips import CHIPS
 from jaxserve.sharding.topology import parse_topology
 
 LLAMA = "llama-3.3-70b"
 LOAD = Workload(input_len=1024, output_len=256, concurrency=64)
+CONFIG = ServeConfig(model=LLAMA)
 
 # Llama 3.3 70B over eight devices in bfloat16, by hand: 80 layers of 8192 x (8192 + 2 x 1024) + 8192 x 8192 +
 # 3 x 8192 x 28672 weights, a head of 128256 x 8192; per token and layer a key and a value of one head of 128.
@@ -29,9 +32,9 @@ HEAD = 128256 * 8192
 READ = 2 * (80 * LAYER + HEAD) / 8
 
 
-def estimator(chip: str = "v6e") -> Estimator:
-    costs = planning._costs(spec_of(LLAMA), 8, {})
-    return Estimator(costs=costs, chip=CHIPS[chip], weight_format="bfloat16", chunk_tokens=2048)
+def estimator() -> Estimator:
+    topology = parse_topology("v6e:2x4")
+    return estimator_of(costs_of(spec_of(LLAMA), 8, CONFIG, "tpu"), topology, CONFIG, chunk_tokens=2048)
 
 
 def test_a_decode_step_by_hand() -> None:
@@ -41,28 +44,38 @@ def test_a_decode_step_by_hand() -> None:
     assert step.memory_s == pytest.approx((READ + norms + embedded + kv) / 1640e9, rel=1e-12)
     flops = 2 * 64 * (80 * LAYER + HEAD) / 8 + 4 * 80 * 8 * 128 * 64 * 2048
     assert step.compute_s == pytest.approx(flops / 918e12, rel=1e-12)
-    sent = 161 * 64 * 8192 * 2 * 2 * 7 / 8 + 64 * 128256 * 4 * 7 / 8
-    assert step.interconnect_s == pytest.approx(sent / 180e9, rel=1e-6)
+    # 161 sums of 1 MiB over 20 links of 100 GB/s each way; the logits' 7/8 into a corner that has two links.
+    summed = 161 * 64 * 8192 * 2 * 2 * 7 / 20 / 100e9
+    gathered = 64 * 128256 * 4 * 7 / 8 / 2 / 100e9
+    assert step.interconnect_s == pytest.approx(summed + gathered, rel=1e-12)
     assert step.bound is Bound.MEMORY
-    assert step.seconds == step.memory_s + step.interconnect_s
+    assert step.seconds == step.memory_s
+    assert step.in_turn_s == step.memory_s + step.interconnect_s
     # 17.4 GB of weights and 5.4 GB of keys and values at 1.64 TB/s.
     assert step.memory_s == pytest.approx(13.9e-3, rel=0.01)
 
 
-def test_a_prefill_waits_for_links_more_than_for_arithmetic_or_memory() -> None:
+def test_a_step_of_one_waits_for_every_message_to_cross_the_slice() -> None:
+    """16 KiB are sent in less than the 4 microseconds that news takes over 4 links, 162 times."""
+    step = estimator().step("decode", StepShape.decode(1, 2048))
+    assert step.interconnect_s == pytest.approx(162 * 4e-6)
+
+
+def test_a_prefill_by_hand() -> None:
     step = estimator().step("prefill", StepShape.prefill(2048))
     flops = 2 * 2048 * 80 * LAYER / 8 + 2 * HEAD / 8 + 4 * 80 * 8 * 128 * (2048 * 2049 // 2)
     assert step.compute_s == pytest.approx(flops / 918e12, rel=1e-12)
-    # 161 sums of 32 MiB around a ring of eight.
-    assert step.interconnect_s == pytest.approx((161 * 2048 * 8192 * 2 * 1.75 + 128256 * 4 * 7 / 8) / 180e9, rel=1e-6)
-    assert step.memory_s < step.compute_s < step.interconnect_s
-    assert step.bound is Bound.INTERCONNECT
+    assert step.interconnect_s == pytest.approx(161 * 2048 * 8192 * 2 * 14 / 20 / 100e9 + 4e-6, rel=1e-9)
+    assert step.memory_s < step.interconnect_s < step.compute_s
+    assert step.bound is Bound.COMPUTE
+    assert step.seconds == step.compute_s
 
 
 def test_a_prompt_is_its_chunks() -> None:
     each = estimator()
     chunks = [StepShape.prefill(2048), StepShape.prefill(2048, 2048), StepShape.prefill(904, 4096)]
     assert each.prefill_s(5000) == pytest.approx(sum(each.step("", chunk).seconds for chunk in chunks))
+    assert each.prefill_s(5000, in_turn=True) == pytest.approx(sum(each.step("", chunk).in_turn_s for chunk in chunks))
 
 
 def test_what_users_see() -> None:
@@ -72,6 +85,9 @@ def test_what_users_see() -> None:
     assert seen.tpot_s == decode
     assert seen.ttft_s == each.prefill_s(1024)
     assert seen.output_tokens_per_s == pytest.approx(64 * 256 / (64 * seen.ttft_s + 256 * decode))
+    in_turn = each.service(LOAD, in_turn=True)
+    assert in_turn.tpot_s == each.step("", StepShape.decode(64, 1024 + 128)).in_turn_s
+    assert in_turn.output_tokens_per_s < seen.output_tokens_per_s
 
 
 @pytest.mark.parametrize(
@@ -79,7 +95,7 @@ def test_what_users_see() -> None:
     [("v6e:1x1", 1), ("v6e:2x4", 8), ("v6e:16x16", 8), ("v5e:4x4", 16), ("tpu7x:2x2x1", 8), ("v5p:2x2x1", 4)],
 )
 def test_a_model_is_shared_as_widely_as_it_has_kv_heads_or_its_weights_need(topology: str, tensor: int) -> None:
-    assert choose_tensor(spec_of(LLAMA), parse_topology(topology), {}) == tensor
+    assert choose_tensor(spec_of(LLAMA), parse_topology(topology), CONFIG) == tensor
 
 
 def test_the_smallest_slices_that_hold_a_model() -> None:
@@ -93,7 +109,7 @@ def test_the_smallest_slices_that_hold_a_model() -> None:
         "h100": "h100:4",
         "h200": "h200:2",
     }
-    assert found["v6e"].weight_bytes == weight_bytes(spec_of(LLAMA), 8, {})
+    assert found["v6e"].weight_bytes == weight_bytes(spec_of(LLAMA), 8, CONFIG)
     assert found["v6e"].kv_tokens == pytest.approx(
         (0.9 * 32 * GIB - found["v6e"].weight_bytes) / (80 * 2 * 128 * 2), abs=1
     )
@@ -104,7 +120,7 @@ def test_the_smallest_slices_that_hold_a_model() -> None:
 
 
 def test_a_load_that_no_slice_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", LLAMA, "--fit", "--concurrency", "100000", "--json"]) == 1
+    assert main(["plan", LLAMA, "--fit", "--concurrency", "4096", "--input-len", "100000", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer == {"model": LLAMA, "fits": False, "slices": []}
 
@@ -161,9 +177,9 @@ def test_memory_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.kv_tokens == 320_000
     assert found.sequences == {1024: 312, 4096: 78}
     assert [step.name for step in found.steps] == [
-        "decode, 1 sequences",
-        "decode, 64 sequences",
-        "prefill, 1024 tokens",
+        "decode, 1 x 1152",
+        "decode, 64 x 1152",
+        "prefill, 1024",
     ]
     assert found.settings == {"mesh": "tensor=8"}
 
@@ -171,14 +187,20 @@ def test_memory_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_that_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned(monkeypatch, kv_bytes=15 * GIB)
     assert not found.fits
-    assert "does not fit v6e:2x4: a device needs 31.7 GiB and has 31.2" in found.sentence
+    assert found.sentence == (
+        "llama-3.3-70b does not fit v6e:2x4 so: a device needs 31.7 GiB and has 31.2; it would with --memory-fraction "
+        "0.95, which makes the KV cache smaller."
+    )
     assert found.service is None
 
 
 def test_a_pool_too_small_for_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned(monkeypatch, num_pages=19)
     assert not found.fits
-    assert "not one sequence of 1280 tokens does: the pool holds 1216" in found.sentence
+    assert found.sentence == (
+        "llama-3.3-70b fits v6e:2x4 but not one sequence of 1280 tokens does: the pool holds 1216; it would with "
+        "sequences of at most 1216 tokens or --quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
+    )
 
 
 def test_a_program_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +221,9 @@ def test_the_tables_say_it_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "12.00",
         "bound by",
         "memory",
-        "a dollar",
+        "in turn",
+        "room for sequences of a length: 312 of 1024, 78 of 4096; 256 run at once",
+        "million output tokens a dollar",
     ):
         assert words in text
     assert "jaxserve serve llama-3.3-70b --mesh tensor=8" in text
@@ -207,3 +231,82 @@ def test_the_tables_say_it_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_reports_survive_the_way_between_processes() -> None:
     assert AotReport.from_json(json.loads(json.dumps(REPORT.as_json()))) == REPORT
+
+
+def test_fewer_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(monkeypatch, num_pages=100)
+    assert found.sentence.startswith("llama-3.3-70b fits v6e:2x4: 5 sequences of 1280 tokens at once (of the 64 asked")
+    assert found.service is not None
+    assert found.service.workload.concurrency == 5
+
+
+def test_lengths_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
+    found = plan(LLAMA, parse_topology("v6e:2x4"), LOAD, settings={}, lengths=(100, 8192, 8193))
+    assert found.sequences == {100: 2500, 8192: 39, 8193: 0}, "8193 tokens are one too many for a sequence"
+
+
+def test_more_requests_than_serve_runs_by_default_get_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def report(*args: object, settings: dict[str, str], **kwargs: object) -> AotReport:
+        asked.append(settings)
+        return REPORT
+
+    monkeypatch.setattr(planning, "aot_report", report)
+    load = dataclasses.replace(LOAD, concurrency=3000)
+    found = plan(LLAMA, parse_topology("v6e:2x4"), load, settings={})
+    assert asked == [{"max_num_seqs": "3000", "max_num_batched_tokens": "3000", "mesh": "tensor=8"}]
+    assert found.settings == asked[0]
+    with pytest.raises(ConfigError, match="at most 4096 requests at once, not 5000"):
+        plan(LLAMA, parse_topology("v6e:2x4"), dataclasses.replace(LOAD, concurrency=5000), settings={})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "Sequences of 131000 [+] 256 tokens are longer than the 131072 that the model has positions for"),
+        ({"max_model_len": "2048"}, "longer than the 2048 that --max-model-len allows; lower --input-len"),
+    ],
+)
+def test_sequences_that_are_too_long(settings: dict[str, str], message: str) -> None:
+    load = dataclasses.replace(LOAD, input_len=131000)
+    with pytest.raises(ConfigError, match=message):
+        plan(LLAMA, parse_topology("v6e:2x4"), load, settings=settings)
+    with pytest.raises(ConfigError, match=message):
+        fit(LLAMA, load, settings=settings)
+
+
+def test_a_mesh_that_does_not_divide_is_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
+    load = dataclasses.replace(LOAD, concurrency=1)
+    found = plan("qwen3-8b", parse_topology("v6e:2x4"), load, settings={"mesh": "tensor=3"})
+    assert found.replicas == 2
+    assert list(found.notes) == [
+        "The slice holds 2 replicas of 3 devices; memory and times are of one, tokens a second of all.",
+        "2 of the slice's 8 devices are left over.",
+        "tensor=3 does not split the model's 32 query and 8 KV heads evenly: every device computes all of attention "
+        "and holds all of the KV cache.",
+    ]
+
+
+def test_prices_by_chip(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "qwen3-8b", "--fit", "--price", "v6e=2.70,h100=3", "--json"]) == 0
+    slices = {each["topology"]: each["service"] for each in json.loads(capsys.readouterr().out)["slices"]}
+    for name, price in {"v6e:1x1": 2.70, "h100:1": 3}.items():
+        expected = 3600 * slices[name]["output_tokens_per_s"] / price
+        assert slices[name]["output_tokens_per_dollar"] == pytest.approx(expected)
+    assert slices["h200:1"]["output_tokens_per_dollar"] is None
+
+
+def test_fit_keeps_to_a_mesh() -> None:
+    found = {str(each.topology): each for each in fit("qwen3-8b", LOAD, settings={"mesh": "tensor=2"})}
+    assert found["h100:2"].tensor == 2
+    assert found["v6e:2x2"].replicas == 2, "one chip is too few for two devices"
+
+
+def test_heads_are_padded_in_a_tpus_pool() -> None:
+    """Of the demo model's 3 KV heads of 64, keys and values are 6 rows of 64 elements: held as 8 of 128."""
+    spec, config = spec_of("smollm2-135m"), ServeConfig(model="smollm2-135m")
+    assert costs_of(spec, 1, config, "tpu").kv_bytes_per_token == 30 * 8 * 128 * 2
+    assert costs_of(spec, 1, config, "gpu").kv_bytes_per_token == 30 * 6 * 64 * 2

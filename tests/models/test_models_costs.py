@@ -11,6 +11,7 @@ from jaxserve.checkpoint.presets import default_presets_dir, read_preset
 from jaxserve.models import registry
 from jaxserve.models.costs import CostModel, StepShape
 from jaxserve.models.decoder import Blueprint
+from jaxserve.sharding.interconnect import Exchange, ExchangeKind
 from jaxserve.sharding.mesh import make_mesh
 
 
@@ -40,11 +41,13 @@ def test_decode_of_70b_on_eight_devices() -> None:
     assert work.weight_bytes == (80 * LAYER + TABLE) // 8 * 2 + norms + embedded
 
 
-def test_collectives_of_70b_on_eight_devices() -> None:
+def test_exchanges_of_70b_on_eight_devices() -> None:
+    """80 layers sum twice and the embedding once; the head gathers float32 logits."""
     work = model("llama-3.3-70b", 8).work(StepShape.decode(64, 2048))
-    residual, ring = 64 * 8192, 2 * 7 / 8
-    assert work.num_collectives == 2 * 80 + 2
-    assert work.sent_bytes == round(161 * residual * 2 * ring + 64 * 128256 * 4 * ring / 2)
+    assert work.exchanges == (
+        Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=64 * 8192 * 2, count=2 * 80 + 1),
+        Exchange(kind=ExchangeKind.ALL_GATHER, num_bytes=64 * 128256 * 4, count=1),
+    )
 
 
 def test_weights_of_70b_are_seventy_billion_parameters() -> None:
@@ -59,8 +62,7 @@ def test_int8_halves_the_matrices() -> None:
 
 
 def test_one_device_exchanges_nothing() -> None:
-    work = model("qwen3-0.6b", 1).work(StepShape.decode(4, 10))
-    assert (work.sent_bytes, work.num_collectives) == (0, 0)
+    assert model("qwen3-0.6b", 1).work(StepShape.decode(4, 10)).exchanges == ()
 
 
 @pytest.mark.parametrize(("tokens", "start"), [(1, 0), (512, 0), (512, 1536)])

@@ -1,0 +1,202 @@
+"""How a model lies on a slice, by arithmetic alone: how many devices share it, what they hold, which slices do.
+
+Nothing is compiled here, so all slices of all chips are gone through in a second; `launch/plan` compiles for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jaxserve.checkpoint.sources import spec_of
+from jaxserve.core.config import ACCELERATOR_SEQS, ACCELERATOR_TOKENS, MAX_NUM_SEQS, MEMORY_FRACTION, ServeConfig, load
+from jaxserve.core.errors import ConfigError
+from jaxserve.kv.pool import tiled
+from jaxserve.launch.estimate import Estimator, ServiceEstimate, Workload
+from jaxserve.models.costs import CostModel
+from jaxserve.models.decoder import Blueprint
+from jaxserve.models.spec import ModelSpec
+from jaxserve.sharding.chips import CHIPS
+from jaxserve.sharding.interconnect import wiring
+from jaxserve.sharding.mesh import abstract_mesh
+from jaxserve.sharding.rules import kv_repeat
+from jaxserve.sharding.topology import Topology, slices
+
+ROOM_SHARE = 0.85
+"""Share of a device's memory that weights may take, lest nothing be left for sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A slice that holds a model by arithmetic; nothing was compiled.
+
+    Attributes:
+        topology: The slice.
+        tensor: Devices that share a model.
+        replicas: Engines that share the slice.
+        weight_bytes: Weights on a device.
+        kv_tokens: Tokens the pool of a replica can hold.
+        service: What users of one replica see at best.
+    """
+
+    topology: Topology
+    tensor: int
+    replicas: int
+    weight_bytes: int
+    kv_tokens: int
+    service: ServiceEstimate
+
+
+def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline: bool = False) -> list[Candidate]:
+    """The smallest slice of each chip that holds a model and the workload's sequences.
+
+    Args:
+        model: As for `plan`.
+        workload: What must fit: `concurrency` sequences of `input_len + output_len` tokens.
+        settings: As for `plan`.
+        offline: Fetch nothing.
+
+    Raises:
+        ConfigError: A setting is wrong, or no slice can serve such a workload.
+        CheckpointError: There is no such model.
+    """
+    settings = settings_for(workload, settings)
+    config = load({**settings, "model": model}, environ={})
+    spec = spec_of(model, offline=offline)
+    require_length(spec, workload, config)
+    smallest = []
+    for chip in CHIPS.values():
+        candidates = (
+            candidate(spec, topology, workload, config, config.mesh.tensor if "mesh" in settings else None)
+            for topology in slices(chip)
+            if topology.num_devices >= config.mesh.num_devices
+        )
+        smallest += [next((each for each in candidates if each is not None), None)]
+    return [each for each in smallest if each is not None]
+
+
+def settings_for(workload: Workload, settings: Mapping[str, str]) -> dict[str, str]:
+    """Flags of serve with what a workload needs besides: as many slots as it has requests at once.
+
+    Raises:
+        ConfigError: No replica runs so many requests at once.
+    """
+    if workload.concurrency > MAX_NUM_SEQS:
+        raise ConfigError(
+            f"A replica runs at most {MAX_NUM_SEQS} requests at once, not {workload.concurrency}; lower --concurrency "
+            "to what one replica gets.",
+            param="concurrency",
+        )
+    needed: dict[str, str] = {}
+    if workload.concurrency > ACCELERATOR_SEQS and "max_num_seqs" not in settings:
+        needed["max_num_seqs"] = str(workload.concurrency)
+        if workload.concurrency > ACCELERATOR_TOKENS:
+            needed["max_num_batched_tokens"] = str(workload.concurrency)
+    return {**needed, **settings}
+
+
+def require_length(spec: ModelSpec, workload: Workload, config: ServeConfig) -> None:
+    """Makes sure that sequences as long as the workload's can be served at all.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    most = min(spec.max_position, config.max_model_len or spec.max_position)
+    if workload.longest > most:
+        raise ConfigError(
+            f"Sequences of {workload.input_len} + {workload.output_len} tokens are longer than the {most} that "
+            f"{'the model has positions for' if most == spec.max_position else '--max-model-len allows'}; lower "
+            "--input-len or --output-len.",
+            param="input_len",
+        )
+
+
+def candidate(
+    spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig, tensor: int | None
+) -> Candidate | None:
+    """A slice, or None if it is too small.
+
+    Args:
+        spec: The model.
+        topology: The slice.
+        workload: What must fit into a replica's KV pool.
+        config: What was asked of serve.
+        tensor: How many devices share the model; chosen if None.
+    """
+    tensor = tensor or choose_tensor(spec, topology, config)
+    costs = costs_of(spec, tensor, config, topology.chip.platform)
+    weights, capacity = costs.weight_bytes(), topology.chip.hbm_bytes
+    # What resolve() gives to weights and pool together.
+    room = int((config.memory_fraction or MEMORY_FRACTION) * capacity) - weights
+    kv_tokens = room // costs.kv_bytes_per_token
+    if weights > ROOM_SHARE * capacity or kv_tokens < workload.concurrency * workload.longest:
+        return None
+    chunk_tokens = config.max_num_batched_tokens or ACCELERATOR_TOKENS
+    return Candidate(
+        topology=topology,
+        tensor=tensor,
+        replicas=topology.num_devices // tensor,
+        weight_bytes=weights,
+        kv_tokens=kv_tokens,
+        service=estimator_of(costs, topology, config, chunk_tokens=chunk_tokens).service(workload),
+    )
+
+
+def choose_tensor(spec: ModelSpec, topology: Topology, config: ServeConfig) -> int:
+    """How many devices share a model: as many as have a KV head each, more if the weights need them."""
+    possible = [
+        size
+        for size in (1 << power for power in range(topology.num_devices.bit_length()))
+        if topology.num_devices % size == 0 and spec.num_heads % size == 0
+    ]
+    whole_heads = max(size for size in possible if size <= spec.num_kv_heads)
+    room = ROOM_SHARE * topology.chip.hbm_bytes
+    larger = [size for size in possible if size >= whole_heads and weight_bytes(spec, size, config) <= room]
+    return larger[0] if larger else possible[-1]
+
+
+def weight_bytes(spec: ModelSpec, tensor: int, config: ServeConfig) -> int:
+    """Weights that one of `tensor` devices holds."""
+    return costs_of(spec, tensor, config, "").weight_bytes()
+
+
+def costs_of(spec: ModelSpec, tensor: int, config: ServeConfig, platform: str) -> CostModel:
+    """Counts the steps of a model that `tensor` devices share.
+
+    Args:
+        spec: The model.
+        tensor: How many devices share it.
+        config: What was asked of serve.
+        platform: JAX's name of their kind; a TPU pads heads in the KV pool.
+    """
+    dtype = jnp.dtype(config.dtype or spec.dtype)
+    mesh = abstract_mesh(tensor=tensor)
+    repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
+    heads = spec.num_kv_heads * repeat
+    blueprint = Blueprint.of(spec, dtype=dtype, quantization=config.quantization, kv_repeat=repeat)
+    kv_dtype = jnp.dtype(config.kv_cache_dtype or dtype)
+    rows, lanes = 2 * (heads // tensor if heads % tensor == 0 else heads), spec.head_dim
+    if platform == "tpu":
+        rows, lanes = tiled(rows, lanes, kv_dtype)
+    per_token = spec.num_layers * rows * lanes * kv_dtype.itemsize
+    return CostModel(blueprint=blueprint, mesh=mesh, kv_bytes_per_token=per_token, kv_heads=heads)
+
+
+def estimator_of(costs: CostModel, topology: Topology, config: ServeConfig, *, chunk_tokens: int) -> Estimator:
+    """Estimates steps of a model on a slice.
+
+    Args:
+        costs: Counts them.
+        topology: The slice.
+        config: What was asked of serve.
+        chunk_tokens: Most tokens of a prefill step.
+    """
+    return Estimator(
+        costs=costs,
+        chip=topology.chip,
+        wiring=wiring(topology, costs.mesh.size),
+        weight_format=config.quantization or costs.blueprint.dtype.name,
+        chunk_tokens=chunk_tokens,
+    )

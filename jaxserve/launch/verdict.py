@@ -1,0 +1,162 @@
+"""Whether a model fits a slice, in words: a sentence, what would do instead, and what to know besides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from jaxserve.core.config import ServeConfig
+from jaxserve.launch.aot import AotReport
+from jaxserve.launch.estimate import Workload
+from jaxserve.launch.fit import Candidate, candidate
+from jaxserve.models.spec import ModelSpec
+from jaxserve.sharding.mesh import abstract_mesh
+from jaxserve.sharding.rules import kv_repeat
+from jaxserve.sharding.topology import Topology, slices
+
+GIB = 1 << 30
+
+RUNTIME_SHARE = 0.025
+"""Share of a device's memory that the runtime keeps: of a v6e's 32 GiB libtpu's compiler may use 31.24."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """One device's memory, in bytes.
+
+    Attributes:
+        weights: Parameters.
+        kv: The KV pool.
+        temporaries: What the hungriest program needs besides, and the sampler's state.
+        code: The programs; those that were not compiled count as the largest of their name. 0 on GPUs, whose compiler
+            does not say: it is a few MiB.
+        capacity: What there is.
+    """
+
+    weights: int
+    kv: int
+    temporaries: int
+    code: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        """All that is needed."""
+        return self.weights + self.kv + self.temporaries + self.code
+
+    @property
+    def usable(self) -> int:
+        """What the runtime leaves."""
+        return int(self.capacity * (1 - RUNTIME_SHARE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+        model: As it was named.
+        spec: Its mathematics.
+        topology: The slice.
+        workload: What users send.
+        config: What was asked of serve, with its mesh.
+        mesh_chosen: Whether the mesh is ours to choose.
+    """
+
+    model: str
+    spec: ModelSpec
+    topology: Topology
+    workload: Workload
+    config: ServeConfig
+    mesh_chosen: bool
+
+
+def too_heavy(question: Question, weights: int) -> str:
+    """That the weights leave no room, and what would do.
+
+    Args:
+        question: What was asked.
+        weights: Their bytes on a device.
+    """
+    topology, tensor = question.topology, question.config.mesh.tensor
+    devices = "one device, which has" if tensor == 1 else f"each of {tensor} devices, which have"
+    would = " or ".join(_remedies(question))
+    return (
+        f"{question.model} does not fit {topology}: its weights take {weights / GIB:.1f} GiB on {devices} "
+        f"{topology.chip.hbm_bytes / GIB:.0f} GiB and need room for sequences"
+        f"{f'; it would with {would}' if would else ''}."
+    )
+
+
+def answer(question: Question, report: AotReport, memory: Memory, at_once: int) -> str:
+    """Whether compiled programs fit.
+
+    Args:
+        question: What was asked.
+        report: The programs.
+        memory: What they take.
+        at_once: How many of the workload's requests can run at once.
+    """
+    model, topology, workload = question.model, question.topology, question.workload
+    if report.failures:
+        first = report.failures[0]
+        return f"{model} does not compile for {topology}: {first.name} {first.bucket}: {first.failure}"
+    if memory.total > memory.usable:
+        share = (memory.usable - memory.temporaries - memory.code) / memory.capacity
+        return (
+            f"{model} does not fit {topology} so: a device needs {memory.total / GIB:.1f} GiB and has "
+            f"{memory.usable / GIB:.1f}; it would with --memory-fraction {math.floor(100 * share) / 100:.2f}, which "
+            "makes the KV cache smaller."
+        )
+    kv_tokens = report.num_pages * report.page_size
+    if at_once == 0:
+        would = " or ".join([f"with sequences of at most {kv_tokens} tokens", *_remedies(question)])
+        return (
+            f"{model} fits {topology} but not one sequence of {workload.longest} tokens does: the pool holds "
+            f"{kv_tokens}; it would {would}."
+        )
+    asked = f" (of the {workload.concurrency} asked for)" if at_once < workload.concurrency else ""
+    return (
+        f"{model} fits {topology}: {at_once} {'sequence' if at_once == 1 else 'sequences'} of {workload.longest} "
+        f"tokens at once{asked}, {memory.total / GIB:.1f} of {memory.capacity / GIB:.0f} GiB a device."
+    )
+
+
+def notes(question: Question) -> Iterator[str]:
+    """What to know besides, a sentence each."""
+    spec, topology, shape = question.spec, question.topology, question.config.mesh
+    replicas, idle = divmod(topology.num_devices, shape.num_devices)
+    if replicas > 1:
+        yield (
+            f"The slice holds {replicas} replicas of {shape.num_devices} "
+            f"{'device' if shape.num_devices == 1 else 'devices'}; memory and times are of one, tokens a second of all."
+        )
+    if idle:
+        yield f"{idle} of the slice's {topology.num_devices} devices {'is' if idle == 1 else 'are'} left over."
+    heads = spec.num_kv_heads * kv_repeat(spec.num_heads, spec.num_kv_heads, abstract_mesh(tensor=shape.tensor))
+    if heads % shape.tensor:
+        yield (
+            f"tensor={shape.tensor} does not split the model's {spec.num_heads} query and {spec.num_kv_heads} KV heads "
+            "evenly: every device computes all of attention and holds all of the KV cache."
+        )
+
+
+def _remedies(question: Question) -> Iterator[str]:
+    """What would hold the model and one of the workload's sequences."""
+    one = replace(question.workload, concurrency=1)
+    tensor = None if question.mesh_chosen else question.config.mesh.tensor
+
+    def tried(topology: Topology, config: ServeConfig, tensor: int | None) -> Candidate | None:
+        return candidate(question.spec, topology, one, config, tensor)
+
+    if question.config.quantization is None:
+        found = tried(question.topology, replace(question.config, quantization="int8"), tensor)
+        if found is not None:
+            yield f"--quantization int8 ({found.weight_bytes / GIB:.1f} GiB)"
+    for larger in slices(question.topology.chip):
+        if larger.num_chips > question.topology.num_chips:
+            found = tried(larger, question.config, None)
+            if found is not None:
+                yield f"on {larger} ({found.weight_bytes / GIB:.1f} GiB a device)"
+                return

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from jaxserve.sampling.state import Constraints, Penalties, SamplingState
 
 BANNED = -1e30
-HISTORY_BLOCK = 256
-"""Tokens of history that one turn of the counting loop reads."""
+HISTORY_BLOCK = 64
+"""Tokens of history that one turn of the counting loop reads, and compares with each other."""
 
 _T = TypeVar("_T")
 
@@ -48,9 +48,7 @@ def adjust(
     """
     edits: tuple[tuple[Callable[..., Float[Array, "S V"]], Bool[Array, " S_max"]], ...] = (
         (_apply_allowed, state.constraints.restricted > 0),
-        (_apply_bad_words, state.constraints.bad_words[:, :, -1].max(axis=1) >= 0),
-        (_apply_min_tokens, state.constraints.min_len > 0),
-        (_apply_bias, state.constraints.bias_ids.max(axis=1) >= 0),
+        (_apply_lists, has_lists(state.constraints)),
         (_apply_penalties, has_penalties(state.penalties)),
     )
     for apply, wanted_by_slot in edits:
@@ -66,14 +64,14 @@ def adjust(
 
 def needs_adjusting(state: SamplingState) -> Bool[Array, " S_max"]:
     """Which slots ask for any edit at all."""
-    c: Constraints = state.constraints
-    return (
-        (c.restricted > 0)
-        | (c.bad_words[:, :, -1].max(axis=1) >= 0)
-        | (c.min_len > 0)
-        | (c.bias_ids.max(axis=1) >= 0)
-        | has_penalties(state.penalties)
-    )
+    constraints: Constraints = state.constraints
+    return (constraints.restricted > 0) | has_lists(constraints) | has_penalties(state.penalties)
+
+
+def has_lists(constraints: Constraints) -> Bool[Array, " S_max"]:
+    """Which slots name tokens one by one: bad words, stop ids to wait with, or biases."""
+    has_words = constraints.bad_words[:, :, -1].max(axis=1) >= 0
+    return has_words | (constraints.min_len > 0) | (constraints.bias_ids.max(axis=1) >= 0)
 
 
 def has_penalties(penalties: Penalties) -> Bool[Array, " S_max"]:
@@ -96,14 +94,27 @@ def _apply_allowed(
     return jnp.where(allowed | ~wanted[:, None], logits, -jnp.inf)
 
 
-def _apply_bad_words(
+def _apply_lists(
     logits: Float[Array, "S V"],
     state: SamplingState,
     slots: Int32[Array, " S"],
     positions: Int32[Array, " S"],
     wanted: Bool[Array, " S"],
 ) -> Float[Array, "S V"]:
-    """Bans the last token of each word whose other tokens are the last ones of prompt and output."""
+    """Bans and biases tokens that are named one by one, all in one go: each by itself takes longer to compile."""
+    constraints: Constraints = take_rows(state.constraints, slots)
+    early = wanted & (positions < constraints.min_len)
+    logits = _ban(logits, _matched(state, slots, positions, wanted))
+    logits = _ban(logits, jnp.where(early[:, None], constraints.stop_ids, -1))
+    ids = jnp.where(wanted[:, None], constraints.bias_ids, -1)
+    places = _places(ids, logits.shape[1])
+    return logits.at[_row_index(ids), places].add(constraints.bias_values, mode="drop", unique_indices=True)
+
+
+def _matched(
+    state: SamplingState, slots: Int32[Array, " S"], positions: Int32[Array, " S"], wanted: Bool[Array, " S"]
+) -> Int32[Array, "S W"]:
+    """The last token of each bad word whose other tokens are the last ones of prompt and output; else -1."""
     words = take_rows(state.constraints.bad_words, slots)  # [S, W, n]
     n = words.shape[2]
     tail_positions = positions[:, None] + jnp.arange(1 - n, 0)[None, :]  # [S, n - 1]
@@ -111,37 +122,14 @@ def _apply_bad_words(
     tail = jnp.where(tail_positions >= 0, tail, -2)
     prefix = words[:, :, :-1]
     matches = jnp.all((prefix == -1) | (prefix == tail[:, None, :]), axis=2)
-    last = words[:, :, -1]
-    return _ban(logits, jnp.where(matches & wanted[:, None], last, -1))
-
-
-def _apply_min_tokens(
-    logits: Float[Array, "S V"],
-    state: SamplingState,
-    slots: Int32[Array, " S"],
-    positions: Int32[Array, " S"],
-    wanted: Bool[Array, " S"],
-) -> Float[Array, "S V"]:
-    early = wanted & (positions < take_rows(state.constraints.min_len, slots))
-    return _ban(logits, jnp.where(early[:, None], take_rows(state.constraints.stop_ids, slots), -1))
+    last = jnp.where(matches & wanted[:, None], words[:, :, -1], -1)
+    return jnp.where(_is_repeated(last[:, :, None] == last[:, None, :]), -1, last)
 
 
 def _ban(logits: Float[Array, "S V"], ids: Int32[Array, "S n"]) -> Float[Array, "S V"]:
-    """Lowers tokens to BANNED; -1 is no token, and -inf stays."""
-    return logits.at[_row_index(ids), _or_nowhere(ids, logits.shape[1])].min(BANNED, mode="drop")
-
-
-def _apply_bias(
-    logits: Float[Array, "S V"],
-    state: SamplingState,
-    slots: Int32[Array, " S"],
-    positions: Int32[Array, " S"],
-    wanted: Bool[Array, " S"],
-) -> Float[Array, "S V"]:
-    del positions
-    ids = jnp.where(wanted[:, None], take_rows(state.constraints.bias_ids, slots), -1)
-    values = take_rows(state.constraints.bias_values, slots)
-    return logits.at[_row_index(ids), _or_nowhere(ids, logits.shape[1])].add(values, mode="drop")
+    """Lowers tokens, each named once a row, to BANNED; -1 is no token, and -inf stays."""
+    places = _places(ids, logits.shape[1])
+    return logits.at[_row_index(ids), places].min(BANNED, mode="drop", unique_indices=True)
 
 
 def _apply_penalties(
@@ -182,12 +170,15 @@ def count_tokens(
     def count(i: Int32[Array, ""], packed: Int32[Array, "S V"]) -> Int32[Array, "S V"]:
         at = i * block + jnp.arange(block, dtype=jnp.int32)[None, :]
         ids = state.history.at[slots[:, None], at].get(mode="clip")
-        in_prompt = (at < prompt_len) & (at < lengths[:, None])
-        in_output = (at >= prompt_len) & (at < lengths[:, None])
+        counted = at < lengths[:, None]
+        same = (ids[:, :, None] == ids[:, None, :]) & counted[:, None, :]
+        in_prompt = jnp.any(same & (at < prompt_len)[:, None, :], axis=2).astype(jnp.int32)
+        num_output = jnp.sum(same & (at >= prompt_len)[:, None, :], axis=2, dtype=jnp.int32)
         rows = _row_index(ids)
-        packed = packed.at[rows, jnp.where(in_output, ids, vocab_size)].add(2, mode="drop")
-        prompt_bit = packed.at[rows, jnp.where(in_prompt, ids, 0)].get(mode="clip") | 1
-        return packed.at[rows, jnp.where(in_prompt, ids, vocab_size)].max(prompt_bit, mode="drop")
+        added = 2 * num_output + (in_prompt & ~packed.at[rows, ids].get(mode="clip"))
+        # A token that occurs more than once in the block is written where it occurs first.
+        places = _places(jnp.where(counted & ~_is_repeated(same), ids, -1), vocab_size)
+        return packed.at[rows, places].add(added, mode="drop", unique_indices=True)
 
     num_blocks = -(-jnp.max(lengths) // block)
     packed = jax.lax.fori_loop(0, num_blocks, count, jnp.zeros((slots.shape[0], vocab_size), jnp.int32))
@@ -198,6 +189,17 @@ def _row_index(ids: Int32[Array, "S n"]) -> Int32[Array, "S 1"]:
     return jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
 
 
-def _or_nowhere(ids: Int32[Array, "S n"], vocab_size: int) -> Int32[Array, "S n"]:
-    """-1 would count from the end; V is out of range and dropped."""
-    return jnp.where(ids < 0, vocab_size, ids)
+def _is_repeated(same: Bool[Array, "S n n"]) -> Bool[Array, "S n"]:
+    """Which columns are the same as an earlier one."""
+    column = jnp.arange(same.shape[1], dtype=jnp.int32)
+    return jnp.any(same & (column[None, None, :] < column[None, :, None]), axis=2)
+
+
+def _places(ids: Int32[Array, "S n"], vocab_size: int) -> Int32[Array, "S n"]:
+    """Where to scatter to: -1 would count from the end, so it goes out of range, to a place of its own, and is dropped.
+
+    With all places of a row different the compiler need not sort them, which takes it and the device far longer than
+    the scatter.
+    """
+    nowhere = vocab_size + jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where(ids < 0, nowhere, ids)

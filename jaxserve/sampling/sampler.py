@@ -19,12 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxserve.sampling.filters import filtered_weights
+from jaxserve.sampling.groups import GROUP, grouped, take_group
 from jaxserve.sampling.logits import adjust, needs_adjusting, take_rows
 from jaxserve.sampling.logprobs import SampleOutput, no_logprobs, prompt_logprobs
 from jaxserve.sampling.state import Filters, SamplingState
-
-GROUP = 128
-"""Tokens of a group; fixed, for the noise of a draw depends on it."""
 
 
 def sample(
@@ -60,9 +58,10 @@ def sample(
         token_ids = jnp.where(active, token_ids, 0)
         reports = active & (take_rows(state.num_logprobs, slots) >= 0)
         output: SampleOutput = jax.lax.cond(jnp.any(reports), prompt_logprobs, _tokens_alone, logits, token_ids)
-        # Rows that do not sample write out of range, and so nothing.
-        target = jnp.where(active, slots, state.history.shape[0])
-        history = state.history.at[target, positions].set(token_ids, mode="drop")
+        # Rows that do not sample write out of range, each elsewhere, and so nothing.
+        nowhere = state.history.shape[0] + jnp.arange(slots.shape[0], dtype=jnp.int32)
+        target = jnp.where(active, slots, nowhere)
+        history = state.history.at[target, positions].set(token_ids, mode="drop", unique_indices=True)
         return dataclasses.replace(state, history=history), output
 
 
@@ -82,12 +81,12 @@ def _choose(
     filters: Filters = take_rows(state.filters, slots)
     random = active & (filters.temperature > 0.0)
     keys = take_rows(state.key, slots)
+    best = _argmax(logits)
 
     def draw(x: Float[Array, "S V"]) -> Int32[Array, " S"]:
-        drawn = _draw(filtered_weights(x, filters, random), keys, positions)
-        return jnp.where(random, drawn, _argmax(x))
+        return jnp.where(random, _draw(filtered_weights(x, filters, random), keys, positions), best)
 
-    token_ids: Int32[Array, " S"] = jax.lax.cond(jnp.any(random), draw, _argmax, logits)
+    token_ids: Int32[Array, " S"] = jax.lax.cond(jnp.any(random), draw, lambda x: best, logits)
     return token_ids
 
 
@@ -96,9 +95,9 @@ def _argmax(logits: Float[Array, "S V"]) -> Int32[Array, " S"]:
 
     Goes by groups, for a maximum vectorises on every backend and an argmax over the whole row does not on the CPU.
     """
-    groups = _grouped(logits, -jnp.inf)
+    groups = grouped(logits, -jnp.inf)
     group = jnp.argmax(jnp.max(groups, axis=2), axis=1).astype(jnp.int32)
-    token = group * GROUP + jnp.argmax(_take_group(groups, group), axis=1).astype(jnp.int32)
+    token = group * GROUP + jnp.argmax(take_group(groups, group), axis=1).astype(jnp.int32)
     return jnp.minimum(token, logits.shape[1] - 1)
 
 
@@ -106,26 +105,14 @@ def _draw(
     weights: Float[Array, "S V"], keys: UInt32[Array, "S 2"], positions: Int32[Array, " S"]
 ) -> Int32[Array, " S"]:
     """Draws a token in proportion to its weight."""
-    groups = _grouped(weights, 0.0)
+    groups = grouped(weights, 0.0)
     keys_of_position = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl="threefry2x32"), positions)
     group_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys_of_position), axis=1)
     group = _gumbel_max(jnp.sum(groups, axis=2), group_keys)
-    token = group * GROUP + _gumbel_max(_take_group(groups, group), token_keys)
+    token = group * GROUP + _gumbel_max(take_group(groups, group), token_keys)
     return jnp.minimum(token, weights.shape[1] - 1)
 
 
 def _gumbel_max(weights: Float[Array, "S n"], keys: Array) -> Int32[Array, " S"]:
     noise = jax.vmap(lambda key: jax.random.gumbel(key, weights.shape[1:], jnp.float32))(keys)
     return jnp.argmax(jnp.log(weights) + noise, axis=1).astype(jnp.int32)
-
-
-def _grouped(x: Float[Array, "S V"], fill: float) -> Float[Array, "S groups group"]:
-    num_rows, vocab_size = x.shape
-    missing = -vocab_size % GROUP
-    if missing:
-        x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=fill)
-    return x.reshape(num_rows, -1, GROUP)
-
-
-def _take_group(groups: Float[Array, "S groups group"], group: Int32[Array, " S"]) -> Float[Array, "S group"]:
-    return jnp.take_along_axis(groups, group[:, None, None], axis=1, mode="clip")[:, 0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from jaxserve.cli import aot, chat, doctor, plan, pull, serve, version
 from jaxserve.cli import compile as compile_bundle
@@ -41,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 on success, 1 if the command failed, 2 for wrong arguments.
     """
     arguments = build_parser().parse_args(argv)
-    leave_out_absent_tpu(
-        has_libtpu=find_spec("libtpu") is not None, has_cuda=find_spec("jax_cuda13_plugin") is not None
-    )
+    leave_out_absent_tpu()
     try:
         code: int = arguments.run(arguments)
     except JaxserveError as error:

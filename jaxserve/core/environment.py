@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 ENV_PREFIX = "JAXSERVE_"
@@ -43,26 +44,37 @@ def cluster_environment(environ: Mapping[str, str] | None = None) -> dict[str, s
 
 PLATFORMS = "JAX_PLATFORMS"
 _GOOGLE = "0x1ae0"
+_SET_BY_JAX = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 
 
-def leave_out_absent_tpu(*, has_libtpu: bool, has_cuda: bool, root: Path = Path("/")) -> bool:
-    """Tells JAX to use the CPU alone where libtpu is installed, to compile for TPUs, and there is no TPU.
+def tpu_is_absent(root: Path = Path("/")) -> bool:
+    """Whether libtpu is installed, to compile for TPUs, but there is no TPU, and nobody has said what JAX should use.
 
-    JAX would start one: ask a metadata server that is not there, and print errors. Call it before JAX is imported.
+    Left to itself JAX would start one: ask a metadata server that is not there, and print errors. With another plugin
+    installed, a GPU's for example, the choice is JAX's.
 
     Args:
-        has_libtpu: Whether libtpu is installed.
-        has_cuda: Whether JAX's CUDA plugin is; then the choice is JAX's.
+        root: Of the file system.
+    """
+    told = PLATFORMS in os.environ or any(name.startswith("TPU_") and name not in _SET_BY_JAX for name in os.environ)
+    if told or find_spec("libtpu") is None or find_spec("jax_plugins") is not None:
+        return False
+    return not _has_tpu(root)
+
+
+def leave_out_absent_tpu(root: Path = Path("/")) -> bool:
+    """Tells JAX to use the CPU alone if `tpu_is_absent`; call it before JAX is imported.
+
+    Args:
         root: Of the file system.
 
     Returns:
         Whether it did.
     """
-    told = PLATFORMS in os.environ or any(name.startswith("TPU_") for name in os.environ)
-    if told or has_cuda or not has_libtpu or _has_tpu(root):
-        return False
-    os.environ[PLATFORMS] = "cpu"
-    return True
+    absent = tpu_is_absent(root)
+    if absent:
+        os.environ[PLATFORMS] = "cpu"
+    return absent
 
 
 def _has_tpu(root: Path) -> bool:

@@ -49,7 +49,9 @@ class LLM:
         config = _config(model, settings)
         # Imported here so that an LLM around any engine needs no JAX.
         from jaxserve.launch.build import build_engine, find_model
+        from jaxserve.launch.platform import settle_platform
 
+        settle_platform()
         with ProgressDisplay() as display:
             found = find_model(config, display)
             engine = build_engine(config, found, progress=display)

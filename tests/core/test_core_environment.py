@@ -7,22 +7,37 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.core.environment import leave_out_absent_tpu
+from jaxserve.core import environment
+from jaxserve.core.environment import leave_out_absent_tpu, tpu_is_absent
 
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has said anything, and of all that JAX could use libtpu is installed."""
     monkeypatch.setenv("JAX_PLATFORMS", "to be restored")
     for name in [name for name in os.environ if name.startswith("TPU_")] + ["JAX_PLATFORMS"]:
         monkeypatch.delenv(name)
+    install(monkeypatch, "libtpu")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    monkeypatch.setattr(environment, "find_spec", lambda name: name if name in packages else None)
 
 
 def test_without_a_tpu_the_cpu_is_chosen(tmp_path: Path) -> None:
-    assert not leave_out_absent_tpu(has_libtpu=False, has_cuda=False, root=tmp_path)
-    assert not leave_out_absent_tpu(has_libtpu=True, has_cuda=True, root=tmp_path)
+    assert tpu_is_absent(tmp_path)
     assert "JAX_PLATFORMS" not in os.environ
-    assert leave_out_absent_tpu(has_libtpu=True, has_cuda=False, root=tmp_path)
+    assert leave_out_absent_tpu(tmp_path)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize("packages", [(), ("libtpu", "jax_plugins")])
+def test_without_libtpu_or_with_another_plugin_the_choice_is_jaxs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: tuple[str, ...]
+) -> None:
+    install(monkeypatch, *packages)
+    assert not leave_out_absent_tpu(tmp_path)
+    assert "JAX_PLATFORMS" not in os.environ
 
 
 @pytest.mark.parametrize(
@@ -33,10 +48,18 @@ def test_a_tpu_is_not_overlooked(tmp_path: Path, file: str, content: str) -> Non
     path = tmp_path / file
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    assert not leave_out_absent_tpu(has_libtpu=True, has_cuda=False, root=tmp_path)
+    assert not leave_out_absent_tpu(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["JAX_PLATFORMS", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE"])
 def test_what_the_user_says_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv(name, "tpu")
-    assert not leave_out_absent_tpu(has_libtpu=True, has_cuda=False, root=tmp_path)
+    assert not leave_out_absent_tpu(tmp_path)
+
+
+def test_what_jax_sets_where_there_is_no_tpu_is_not_the_users_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "libtpu.so")
+    assert tpu_is_absent(tmp_path)

@@ -65,7 +65,19 @@ def _table(outcomes: list[Outcome], seconds: float) -> object:
     from rich.table import Table
 
     grid = Table(
-        *("slice", "model", "programs", "weights", "pool", "temporaries", "decode's, MiB", "code, MiB", "HBM", "s"),
+        *(
+            "slice",
+            "model",
+            "programs",
+            "weights",
+            "pool",
+            "temporaries",
+            "decode's, MiB",
+            "code, MiB",
+            "files, MiB",
+            "HBM",
+            "s",
+        ),
         title="A device's memory, GiB",
         caption=f"{sum(len(o.report.programs) for o in outcomes if o.report)} programs in {seconds / 60:.1f} minutes.",
     )
@@ -81,7 +93,10 @@ def _table(outcomes: list[Outcome], seconds: float) -> object:
             case.model,
             f"{len(report.programs)}{state}",
             *(f"{size / GIB:.2f}" for size in (report.weight_bytes, report.kv_bytes, report.temporary_bytes)),
-            *(f"{size / MIB:.1f}" for size in (outcome.decode_temporary_bytes, report.code_bytes)),
+            *(
+                f"{size / MIB:.1f}"
+                for size in (outcome.decode_temporary_bytes, report.code_bytes, report.serialized_bytes)
+            ),
             f"{report.total_bytes / GIB:.1f} of {case.topology.chip.hbm_bytes / GIB:.0f}",
             f"{outcome.seconds:.0f}",
         )

@@ -21,6 +21,7 @@ from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ResolvedConfig, ServeConfig, load
 from jaxserve.engine.programs import Key, Program, Replica, programs
 from jaxserve.launch.build import Progress, plan_replica
+from jaxserve.launch.bundle import serialized
 from jaxserve.models.costs import device_bytes
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.collectives import Collective, collectives
@@ -50,7 +51,8 @@ class ProgramReport:
         output_bytes: What it returns.
         aliased_bytes: The part of what it returns that stands where an argument stood.
         temporary_bytes: What it needs besides while it runs.
-        code_bytes: The program itself.
+        code_bytes: The program itself, loaded.
+        serialized_bytes: The program as a bundle stores it.
         collectives: What it exchanges with other devices.
         failure: Why it did not compile, or None.
     """
@@ -63,6 +65,7 @@ class ProgramReport:
     aliased_bytes: int = 0
     temporary_bytes: int = 0
     code_bytes: int = 0
+    serialized_bytes: int = 0
     collectives: tuple[Collective, ...] = ()
     failure: str | None = None
 
@@ -119,6 +122,11 @@ class AotReport:
         return sum(report.code_bytes for report in self.programs)
 
     @property
+    def serialized_bytes(self) -> int:
+        """All programs that were compiled, as a bundle stores them."""
+        return sum(report.serialized_bytes for report in self.programs)
+
+    @property
     def total_bytes(self) -> int:
         """Memory a device needs."""
         return self.weight_bytes + self.kv_bytes + self.state_bytes + self.temporary_bytes + self.code_bytes
@@ -130,7 +138,12 @@ class AotReport:
 
     def as_json(self) -> Message:
         """As a JSON object."""
-        return {**asdict(self), "temporary_bytes": self.temporary_bytes, "code_bytes": self.code_bytes}
+        return {
+            **asdict(self),
+            "temporary_bytes": self.temporary_bytes,
+            "code_bytes": self.code_bytes,
+            "serialized_bytes": self.serialized_bytes,
+        }
 
     @classmethod
     def from_json(cls, message: Mapping[str, Any]) -> AotReport:
@@ -252,6 +265,7 @@ def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
+        serialized_bytes=len(serialized(compiled)),
         collectives=collectives(text),
     )
 

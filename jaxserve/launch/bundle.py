@@ -207,9 +207,14 @@ def write_bundle(
     return sum(entry.num_bytes for entry in entries)
 
 
+def serialized(executable: jax.stages.Compiled) -> bytes:
+    """An executable as a bundle stores it."""
+    return pickle.dumps(serialize(executable))
+
+
 def _write_entry(folder: Path, program: Key, executable: jax.stages.Compiled) -> Entry:
     name, bucket = program
-    content = pickle.dumps(serialize(executable))
+    content = serialized(executable)
     file = f"{name}-{bucket}.bin"
     (folder / file).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()

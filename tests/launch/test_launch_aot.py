@@ -89,6 +89,7 @@ def test_steps_compile_for_a_slice() -> None:
     head, decode, copy, allocate = report.programs
     assert [each.key for each in report.programs] == [("head", 16), ("decode", 16), ("copy_pages", 0), ("allocate", 0)]
     assert head.aliased_bytes >= report.state_bytes
+    assert all(each.serialized_bytes > 10_000 for each in report.programs)
     assert report.kv_bytes == 30 * 64 * 64 * 8 * 128 * 2, "6 rows of 64 lanes are held as 8 of 128"
     for each in (decode, copy):
         assert each.aliased_bytes >= report.kv_bytes, "the pool is changed in place"
@@ -109,12 +110,15 @@ def test_steps_compile_for_a_slice() -> None:
 
 @needs_libtpu
 def test_weights_are_not_copied_on_v7x() -> None:
-    """There the compiler likes taller tiles than arguments have; a copy of the kernels is some 150 MiB."""
+    """There the compiler likes taller tiles than arguments have, and a table of few columns turned round.
+
+    A copy of the kernels is some 150 MiB, one of the table 60.
+    """
     settings = {"mesh": "tensor=1", "max_num_seqs": "16", "max_model_len": "1024", "num_pages": "64"}
     report = aot_report(MODEL, parse_topology("tpu7x:2x2x1"), settings=settings, wanted=(("decode", 16),))
     [decode] = report.programs
     assert decode.failure is None
-    assert decode.temporary_bytes < MAX_DECODE_TEMPORARY_BYTES
+    assert decode.temporary_bytes < 1 << 20
     assert decode.collectives == ()
 
 

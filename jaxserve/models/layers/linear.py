@@ -103,7 +103,8 @@ class Table(nnx.Module):
     def __init__(self, vocab_size: int, hidden_size: int, *, numerics: Numerics) -> None:
         quantized = numerics.quantization == "int8"
         dtype = jnp.dtype(jnp.int8) if quantized else numerics.dtype
-        self.table = param((vocab_size, hidden_size), ("vocab", "embed"), dtype)
+        # In rows, as they are looked up; left to itself a TPU turns a table of few columns round, and back every step.
+        self.table = param((vocab_size, hidden_size), ("vocab", "embed"), dtype, order=(0, 1))
         self.scale = param((vocab_size,), ("vocab",), jnp.dtype(jnp.float32)) if quantized else None
         self.dtype = numerics.dtype
 

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.cache import encode
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.tpu.decode import decode, decode_sizes
+from jaxserve.pallas.paged_attention.tpu.decode_tiles import is_supported
 from jaxserve.pallas.paged_attention.tpu.prefill import prefill
 from jaxserve.quant.bits import from_storage
 
@@ -30,6 +32,11 @@ def paged_attention_tpu(
     held, kv_pages = kv_pages.dtype, from_storage(kv_pages)
     new = jnp.stack([encode(k, layer.k_scale, kv_pages.dtype), encode(v, layer.v_scale, kv_pages.dtype)], axis=2)
     new_kv = new.reshape(num_tokens, 2 * num_kv_heads, head_dim)
-    chunks = replace(batch, num_decodes=jnp.zeros_like(batch.num_decodes))
-    out, kv_pages = prefill(q, new_kv, kv_pages, jnp.zeros_like(q), chunks, layer, config=config)
+    out = jnp.zeros_like(q)
+    if is_supported(decode_sizes(q, kv_pages, batch, config)):
+        out, kv_pages = decode(q, new_kv, kv_pages, out, batch, layer, config=config)
+    else:
+        # A decode is a chunk of one token.
+        batch = replace(batch, num_decodes=jnp.zeros_like(batch.num_decodes))
+    out, kv_pages = prefill(q, new_kv, kv_pages, out, batch, layer, config=config)
     return out, jax.lax.bitcast_convert_type(kv_pages, held)

@@ -17,7 +17,6 @@ masked. Row sums are kept as 128 partial sums and added up at the end.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -25,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.tpu.calls import LOG2_E, attention_factors, current_core, sink_rows, table_rows
 from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
     aligned,
     divide,
@@ -39,14 +39,11 @@ from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
 from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, Span, copy_out, copy_queries
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import (
     LANES,
-    Core,
     Geometry,
     PrefillTiles,
     Sizes,
     choose_tiles,
 )
-
-LOG2_E = math.log2(math.e)
 
 Carry: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar, Scalar]
 
@@ -91,16 +88,16 @@ def prefill(
         max_context=batch.page_table.shape[1] * kv_pages.shape[1],
         sliding_window=config.sliding_window,
     )
-    geometry = sizes.cut(choose_tiles(sizes, _core()) if tiles is None else tiles)
+    geometry = sizes.cut(choose_tiles(sizes, current_core()) if tiles is None else tiles)
     plan = Plan(geometry=geometry, config=config, pages_per_seq=batch.page_table.shape[1])
     scalars = (
         jnp.stack([layer.page_offset, batch.num_decodes, batch.num_seqs]),
         batch.context_lens,
         batch.query_starts,
-        _factors(layer, config),
+        attention_factors(layer, config),
     )
     anywhere, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
-    sinks = () if layer.sinks is None else (_sink_rows(layer.sinks),)
+    sinks = () if layer.sinks is None else (sink_rows(layer.sinks),)
     first = len(scalars)
     results: tuple[Array, Array] = pl.pallas_call(
         functools.partial(_kernel, plan, bool(sinks)),
@@ -113,37 +110,8 @@ def prefill(
             disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
         ),
         name="paged_attention_prefill",
-    )(*scalars, _table_rows(batch.page_table), q, new_kv, out, kv_pages, *sinks)
+    )(*scalars, table_rows(batch.page_table), q, new_kv, out, kv_pages, *sinks)
     return results
-
-
-def _factors(layer: AttentionLayer, config: AttentionConfig) -> Float[Array, " 2"]:
-    """What queries and outputs are multiplied with."""
-    query = jnp.float32(config.scale * LOG2_E if config.soft_cap is None else config.scale / config.soft_cap)
-    value = jnp.float32(1)
-    if layer.k_scale is not None:
-        query = query * layer.k_scale
-    if layer.v_scale is not None:
-        value = value * layer.v_scale
-    return jnp.stack([query, value])
-
-
-def _table_rows(table: Int32[Array, "S pages_per_seq"]) -> Int32[Array, "S 1 padded"]:
-    """The page table as rows that can be copied one by one: SMEM has no room for a table of long sequences."""
-    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % LANES)))[:, None]
-
-
-def _sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
-    base2 = sinks.astype(jnp.float32) * jnp.float32(LOG2_E)
-    return jnp.broadcast_to(base2[:, None], (sinks.shape[0], LANES))
-
-
-def _core() -> Core:
-    """The core that the kernel is traced for; where there is no TPU the interpreter does not care."""
-    if not pltpu.is_tpu_device():
-        return Core(wide_matmul=True, vmem_bytes=64 << 20)
-    info = pltpu.get_tpu_info()
-    return Core(wide_matmul=info.mxu_column_size > LANES, vmem_bytes=info.vmem_capacity_bytes)
 
 
 def _scratch(plan: Plan) -> list[Any]:

@@ -16,11 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from jaxserve.pallas.paged_attention.tpu.calls import START
 from jaxserve.pallas.paged_attention.tpu.prefill_refs import Item, Plan, Ref, Refs, Scalar, Span, copy_out, copy_queries
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, Geometry
-
-START = -1e30
-"""Maximum of no logits; finite, so that a masked logit, -inf, weighs 0 beside it."""
 
 
 def load_queries(plan: Plan, refs: Refs, item: Item) -> None:

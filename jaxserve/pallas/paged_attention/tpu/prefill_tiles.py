@@ -215,7 +215,7 @@ class Geometry(Sizes):
     def vmem_bytes(self) -> int:
         """VMEM that a call takes, padding included, and room for what the compiler spills."""
         spilled = 6 * self.block_rows * self.tile_tokens
-        return SPARE_BYTES + spilled + sum(_padded_bytes(*each) for each in self.buffers().values())
+        return SPARE_BYTES + spilled + sum(padded_bytes(*each) for each in self.buffers().values())
 
 
 def choose_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
@@ -268,7 +268,7 @@ def _smaller(tiles: PrefillTiles, step: int) -> PrefillTiles:
     return tiles
 
 
-def _padded_bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+def padded_bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
     """Bytes of an array in VMEM, where rows are padded to 128 lanes and few rows to a power of two."""
     *leading, rows, lanes = shape
     packed = 4 // dtype.itemsize

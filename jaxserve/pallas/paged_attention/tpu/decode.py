@@ -1,0 +1,417 @@
+"""Decodes on a TPU: one new token a sequence, one Mosaic kernel, new keys and values written into the pool by it.
+
+The context of all sequences is one stream of items, neighbouring pages of one sequence each. The loop is a pipeline
+over groups of items; group i is
+
+    fetched    pages (HBM)  --DMA-->  ring (VMEM)                       in iteration i - 2
+    scored     new token into the ring and, by DMA, into its page;
+               queries x keys  -->  logits and maximum so far           in iteration i
+    weighed    exp2(logits - maximum) x values  -->  running softmax    in iteration i + 1
+
+so that an iteration's matmuls, exponentials and DMAs are of different groups and independent of each other. All of it
+is straight-line code. Matmuls take all KV heads at once: a token's keys of all heads are neighbouring columns, and
+logits of heads that do not belong to a row become -inf. The softmax is computed online (arXiv:1805.02867) in base 2.
+Each item ends with the division by the sums; the division of a sequence's last item stays.
+
+An item's keys and values outside the context are zeros: a matmul with them must not see what others left in a page.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Shaped
+
+from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.tpu.calls import (
+    LOG2_E,
+    START,
+    attention_factors,
+    current_core,
+    sink_rows,
+    table_rows,
+)
+from jaxserve.pallas.paged_attention.tpu.decode_refs import (
+    Field,
+    Plan,
+    Ref,
+    Refs,
+    Scalar,
+    keys_or_values,
+    load_words,
+    store_words,
+)
+from jaxserve.pallas.paged_attention.tpu.decode_tiles import (
+    SLOTS,
+    DecodeTiles,
+    choose_decode_tiles,
+    cut_decode,
+)
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, SUBLANES, Sizes
+
+Copy: TypeAlias = Any
+Cursor: TypeAlias = tuple[Scalar, Scalar]
+"""Sequence and item of it."""
+
+Carry: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar]
+"""Iteration, whether it weighs anything, cursor."""
+
+ZERO_ROWS = 8 * SUBLANES
+"""Rows of words that are made zeros at a time."""
+
+
+def decode(
+    q: Float[Array, "T N H"],
+    new_kv: Shaped[Array, "T K2 H"],
+    kv_pages: Shaped[Array, "P page_size K2 H"],
+    out: Float[Array, "T N H"],
+    batch: RaggedBatch,
+    layer: AttentionLayer,
+    *,
+    config: AttentionConfig,
+    tiles: DecodeTiles | None = None,
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
+    """Writes the decodes' new keys and values into their pages and attends; chunks and padding are left alone.
+
+    Args:
+        q: Queries.
+        new_kv: New keys and values as elements of the pool, interleaved like a page's.
+        kv_pages: The pool; changed in place if it is donated.
+        out: Changed in place: the decodes' rows.
+        batch: Sequences, pages and positions.
+        layer: The layer's place in the pool, its sinks and its scales.
+        config: Static facts about the model's attention.
+        tiles: Tile sizes; chosen for the core if None.
+
+    Returns:
+        `out` with the decodes' rows, and the pool.
+
+    Raises:
+        NotImplementedError: Not even the smallest tiles fit, or `decode_tiles.is_supported` says no.
+    """
+    sizes = decode_sizes(q, kv_pages, batch, config)
+    geometry = cut_decode(sizes, choose_decode_tiles(sizes, current_core()) if tiles is None else tiles)
+    plan = Plan(geometry=geometry, config=config, compiled=pltpu.is_tpu_device())
+    scalars = (
+        jnp.stack([layer.page_offset, batch.num_decodes]),
+        batch.context_lens,
+        attention_factors(layer, config),
+    )
+    rows, words = geometry.max_tokens, geometry.token_words
+    pages = kv_pages.reshape(-1, geometry.page_words, geometry.packing, geometry.head_dim)
+    new = new_kv[:rows].reshape(rows, words, geometry.packing, geometry.head_dim)
+    sinks = () if layer.sinks is None else (sink_rows(layer.sinks),)
+    smem, vmem, anywhere = (pl.BlockSpec(memory_space=each) for each in (pltpu.SMEM, pltpu.VMEM, pl.ANY))
+    arguments = (*scalars, table_rows(batch.page_table), q[:rows], new, *sinks, out, pages)
+    specs = [smem] * len(scalars) + [anywhere] + [vmem] * (2 + len(sinks)) + [anywhere] * 2
+    out, pages = pl.pallas_call(
+        functools.partial(_kernel, plan, bool(sinks)),
+        out_shape=(jax.ShapeDtypeStruct(out.shape, out.dtype), jax.ShapeDtypeStruct(pages.shape, pages.dtype)),
+        in_specs=specs,
+        out_specs=(anywhere, anywhere),
+        scratch_shapes=_scratch(plan),
+        input_output_aliases={len(arguments) - 2: 0, len(arguments) - 1: 1},
+        compiler_params=pltpu.CompilerParams(
+            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
+        ),
+        name="paged_attention_decode",
+    )(*arguments)
+    return out, pages.reshape(kv_pages.shape)
+
+
+def decode_sizes(q: Array, kv_pages: Array, batch: RaggedBatch, config: AttentionConfig) -> Sizes:
+    """What the choice of tiles depends on.
+
+    Args:
+        q: [T, N, H].
+        kv_pages: The pool.
+        batch: Sequences and pages.
+        config: Static facts about the model's attention.
+    """
+    num_seqs, pages_per_seq = batch.page_table.shape
+    return Sizes(
+        page_size=kv_pages.shape[1],
+        num_heads=q.shape[1],
+        num_kv_heads=kv_pages.shape[2] // 2,
+        head_dim=q.shape[2],
+        query_dtype=q.dtype,
+        kv_dtype=kv_pages.dtype,
+        max_tokens=min(num_seqs, q.shape[0]),
+        max_context=pages_per_seq * kv_pages.shape[1],
+        sliding_window=config.sliding_window,
+    )
+
+
+def _scratch(plan: Plan) -> list[Any]:
+    g = plan.geometry
+    buffers = {name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in g.buffers().items()}
+    tables = {
+        "rows": pltpu.SMEM((g.table_rows, 1, g.table_lanes), jnp.int32),
+        "reached": pltpu.SMEM((2,), jnp.int32),
+        "borders": pltpu.SMEM((SLOTS,), jnp.int32),
+        "fields": pltpu.SMEM((SLOTS, g.tiles.items, Field.COUNT), jnp.int32),
+    }
+    one = pltpu.SemaphoreType.DMA
+    done = {
+        "rows_done": pltpu.SemaphoreType.DMA((g.table_rows,)),
+        "pages_done": pltpu.SemaphoreType.DMA((SLOTS,)),
+        "writes_done": one,
+        "out_done": one,
+    }
+    return [buffers, tables | done]
+
+
+def _refs(has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
+    """Names the kernel's arguments."""
+    names = ["counts", "contexts", "factors", "table", "queries", "new"] + ["sinks"] * has_sinks
+    names += ["aliased_out", "aliased_pages", "out", "pages"]
+    named = {"sinks": None, **dict(zip(names, refs[: len(names)], strict=True))}
+    del named["aliased_out"], named["aliased_pages"]
+    return Refs(**named, **refs[-2], **refs[-1])
+
+
+def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
+    refs = _refs(has_sinks, arguments)
+    zero, num_decodes = jnp.int32(0), refs.counts[1]
+    cursor = (zero, zero)
+    refs.reached[0], refs.reached[1] = zero, zero
+    for slot in range(SLOTS - 2):
+        _reach_rows(plan, refs, cursor[0])
+        cursor = _fetch(plan, refs, cursor, jnp.int32(slot))
+    for u in range(plan.geometry.tiles.items):
+        refs.fields[SLOTS - 1, u, Field.SEQ] = jnp.int32(plan.geometry.max_tokens)
+        refs.fields[SLOTS - 1, u, Field.IS_FIRST] = jnp.int32(1)
+
+    def step(carry: Carry) -> Carry:
+        i, _, seq, item = carry
+        weighed, scored, fetched = (jax.lax.rem(i + d, SLOTS) for d in (SLOTS - 1, 0, 2))
+        _wait_pages(plan, refs, scored)
+        pl.when(_lacks_rows(plan, refs, seq))(lambda: _reach_rows(plan, refs, seq))
+        pl.when(refs.borders[scored] > 0)(lambda: _finish_contexts(plan, refs, scored))
+        cursor = _fetch(plan, refs, (seq, item), fetched)
+        _attend(plan, refs, weighed, scored)
+        return (i + 1, refs.fields[scored, 0, Field.NUM_PAGES], *cursor)
+
+    # There is one more iteration than groups: the last weighs and scores nothing.
+    jax.lax.while_loop(lambda carry: carry[1] > 0, step, (zero, num_decodes, *cursor))
+
+    @pl.when(num_decodes > 0)
+    def _() -> None:
+        rows = pl.ds(0, num_decodes)
+        copy = pltpu.make_async_copy(refs.result.at[rows], refs.out.at[rows], refs.out_done)
+        copy.start()
+        pltpu.make_async_copy(refs.new.at[rows], refs.new.at[rows], refs.writes_done).wait()
+        copy.wait()
+
+
+def _lacks_rows(plan: Plan, refs: Refs, seq: Scalar) -> Array:
+    """Whether a group that begins with this sequence may want rows of the page table that have not come."""
+    lacks: Array = refs.reached[0] < jnp.minimum(seq + plan.geometry.tiles.items, refs.counts[1])
+    return lacks
+
+
+def _reach_rows(plan: Plan, refs: Refs, seq: Scalar) -> None:
+    """Asks for rows of the page table as far as there is room, and waits for those that a group may want."""
+    asked = jnp.minimum(seq + plan.geometry.table_rows, refs.counts[1])
+    wanted = jnp.minimum(seq + plan.geometry.tiles.items, refs.counts[1])
+    jax.lax.fori_loop(refs.reached[1], asked, lambda s, _: _copy_row(plan, refs, s).start(), None)
+    jax.lax.fori_loop(refs.reached[0], wanted, lambda s, _: _copy_row(plan, refs, s).wait(), None)
+    refs.reached[0], refs.reached[1] = wanted, asked
+
+
+def _copy_row(plan: Plan, refs: Refs, seq: Scalar) -> Copy:
+    """The copy of a sequence's row of the page table into SMEM."""
+    at = jax.lax.rem(seq, plan.geometry.table_rows)
+    return pltpu.make_async_copy(refs.table.at[seq], refs.rows.at[at], refs.rows_done.at[at])
+
+
+def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar) -> Cursor:
+    """Starts the copies of the group that begins at the cursor and notes its items' facts; returns the next group's."""
+    g, window = plan.geometry, plan.config.sliding_window
+    size, pages = g.page_size, g.tiles.pages
+    seq, item = cursor
+    has_border = jnp.bool_(False)
+    for u in range(g.tiles.items):
+        is_item = seq < refs.counts[1]
+        at = jnp.minimum(seq, g.max_tokens - 1)
+        row, context = jax.lax.rem(at, g.table_rows), refs.contexts[at]
+        end = jax.lax.div(context + (size - 1), size)
+        unseen = jnp.int32(0) if window is None else jnp.maximum(context - window, 0)
+        begin = jax.lax.div(unseen, size) + item * pages
+        num_pages = jnp.where(is_item, jnp.minimum(end - begin, pages), 0)
+        is_last = is_item & (begin + pages >= end)
+        for p in range(pages):
+
+            @pl.when(p < num_pages)
+            def _(u: int = u, p: int = p, row: Scalar = row, begin: Scalar = begin) -> None:
+                page = refs.counts[0] + refs.rows[row, 0, begin + p]
+                target = refs.ring.at[slot, u, pl.ds(p * g.page_words, g.page_words)]
+                pltpu.make_async_copy(refs.pages.at[page], target, refs.pages_done.at[slot]).start()
+
+        has_border |= is_last | (begin * size < unseen)
+        last_page = refs.counts[0] + refs.rows[row, 0, jnp.maximum(end - 1, 0)]
+        facts = {
+            Field.SEQ: jnp.where(is_item, seq, g.max_tokens),
+            Field.NUM_PAGES: num_pages,
+            Field.LOW: jnp.maximum(unseen - begin * size, 0),
+            Field.HIGH: jnp.where(is_item, context - begin * size, 0),
+            Field.IS_FIRST: (item == 0).astype(jnp.int32),
+            Field.NEW_PAGE: jnp.where(is_last, last_page, -1),
+        }
+        for field, value in facts.items():
+            refs.fields[slot, u, field] = value
+        moved = is_item & is_last
+        seq, item = jnp.where(moved, seq + 1, seq), jnp.where(moved, 0, item + 1)
+    refs.borders[slot] = has_border.astype(jnp.int32)
+    return seq, item
+
+
+def _wait_pages(plan: Plan, refs: Refs, slot: Scalar) -> None:
+    """Waits for a group's pages; a wait counts bytes, which pages they are of does not matter."""
+    for u in range(plan.geometry.tiles.items):
+        num_pages = refs.fields[slot, u, Field.NUM_PAGES]
+
+        @pl.when(num_pages > 0)
+        def _(u: int = u, num_pages: Scalar = num_pages) -> None:
+            target = refs.ring.at[slot, u, pl.ds(0, num_pages * plan.geometry.page_words)]
+            pltpu.make_async_copy(target, target, refs.pages_done.at[slot]).wait()
+
+
+def _finish_contexts(plan: Plan, refs: Refs, slot: Scalar) -> None:
+    """Puts new tokens where they belong, in the ring and in their pages, and zeros wherever no token is seen."""
+
+    def finish(u: Scalar, _: None) -> None:
+        seq, page = refs.fields[slot, u, Field.SEQ], refs.fields[slot, u, Field.NEW_PAGE]
+        low = refs.fields[slot, u, Field.LOW]
+
+        pl.when(page >= 0)(lambda: _append(plan, refs, slot, u, seq, page))
+        if plan.config.sliding_window is not None:
+            pl.when(low > 0)(lambda: _forget(plan, refs, slot, u, low))
+
+    jax.lax.fori_loop(0, plan.geometry.tiles.items, finish, None)
+
+
+def _append(plan: Plan, refs: Refs, slot: Scalar, u: Scalar, seq: Scalar, page: Scalar) -> None:
+    """The new token of a sequence ends its last item: what follows becomes zeros."""
+    g, ring = plan.geometry, refs.ring.at[slot, u]
+    words = g.token_words
+    token = refs.fields[slot, u, Field.HIGH] - 1
+    place = jax.lax.rem(token, g.page_size) * words
+    pltpu.make_async_copy(refs.new.at[seq], refs.pages.at[page, pl.ds(place, words)], refs.writes_done).start()
+    size = max(words, SUBLANES)
+    begin = pl.multiple_of(jax.lax.div(token * words, size) * size, SUBLANES)
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, g.head_dim), 0) - (token * words - begin)
+    new = jnp.concatenate([load_words(plan, refs.new.at[seq], 0, words)] * (size // words), axis=0)
+    before = jnp.where(row < 0, load_words(plan, ring, begin, size), jnp.uint32(0))
+    store_words(plan, ring, begin, jnp.where((row >= 0) & (row < words), new, before))
+    _fill_zeros(plan, ring, begin + size, jnp.int32(g.item_words))
+
+
+def _forget(plan: Plan, refs: Refs, slot: Scalar, u: Scalar, low: Scalar) -> None:
+    """Tokens that the window has left become zeros."""
+    g, ring = plan.geometry, refs.ring.at[slot, u]
+    border = low * g.token_words
+    whole = pl.multiple_of(jax.lax.div(border, SUBLANES) * SUBLANES, SUBLANES)
+    _fill_zeros(plan, ring, jnp.int32(0), whole)
+
+    @pl.when(whole < border)
+    def _() -> None:
+        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, g.head_dim), 0)
+        kept = jnp.where(row >= border - whole, load_words(plan, ring, whole, SUBLANES), jnp.uint32(0))
+        store_words(plan, ring, whole, kept)
+
+
+def _fill_zeros(plan: Plan, ring: Ref, begin: Scalar, end: Scalar) -> None:
+    """Makes rows of words [begin, end) zeros, both multiples of 8."""
+
+    def fill(first: Scalar, count: Scalar, size: int) -> None:
+        zeros = jnp.zeros((size, plan.geometry.head_dim), jnp.uint32)
+
+        def one(i: Scalar, _: None) -> None:
+            store_words(plan, ring, pl.multiple_of(first + i * size, SUBLANES), zeros)
+
+        jax.lax.fori_loop(0, count, one, None)
+
+    many = jax.lax.div(jnp.maximum(end - begin, 0), ZERO_ROWS)
+    fill(begin, many, ZERO_ROWS)
+    rest = begin + many * ZERO_ROWS
+    fill(rest, jax.lax.div(jnp.maximum(end - rest, 0), SUBLANES), SUBLANES)
+
+
+def _attend(plan: Plan, refs: Refs, weighed: Scalar, scored: Scalar) -> None:
+    """Weighs the values of one group and scores the keys of the next."""
+    g = plan.geometry
+    shape = (g.num_heads, LANES)
+    peak_before, total_before = jnp.full(shape, START, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if refs.sinks is not None:
+        peak_before, total_before = refs.sinks[...], jnp.full(shape, 1 / LANES, jnp.float32)
+    running = refs.peaks[g.tiles.items - 1]
+    peak, total, acc = refs.peak[...], refs.total[...], refs.acc[...]
+    own_head = _own_head(plan)
+    for u in range(g.tiles.items):
+        # What an item's logits leave is read before those of the next group's item take their place.
+        new_peak = refs.peaks[u]
+        is_first = refs.fields[weighed, u, Field.IS_FIRST] == 1
+        decay = jnp.exp2(jnp.where(is_first, peak_before, peak) - new_peak)
+        total = jnp.where(is_first, total_before, total) * decay
+        acc = jnp.where(is_first, 0.0, acc) * decay
+        weights = [jnp.exp2(refs.logits[u, :, c : c + LANES] - new_peak) for c in range(0, g.columns, LANES)]
+        total = functools.reduce(jnp.add, weights, total)
+        values = keys_or_values(plan, refs.ring.at[weighed, u], values=True)
+        acc = acc + _matmul(plan, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
+        peak = new_peak
+        mean = acc * (refs.factors[1] / jnp.sum(total, axis=1, keepdims=True))
+        refs.result[refs.fields[weighed, u, Field.SEQ]] = mean.astype(g.query_dtype)
+
+        is_first = refs.fields[scored, u, Field.IS_FIRST] == 1
+        running = _score(plan, refs, scored, u, jnp.where(is_first, peak_before, running), own_head)
+        refs.peaks[u] = running
+    refs.peak[...], refs.total[...], refs.acc[...] = peak, total, acc
+
+
+def _own_head(plan: Plan) -> Float[Array, "N 128"]:
+    """Infinity where a row's query head belongs to the KV head of a column, else minus infinity."""
+    g = plan.geometry
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (g.num_heads, LANES), d) for d in (0, 1))
+    pair = jax.lax.div(lane, 2) if g.halves else lane
+    is_own = jax.lax.div(row, g.group) == jax.lax.rem(pair, g.num_kv_heads)
+    return jnp.where(is_own, jnp.float32(jnp.inf), -jnp.float32(jnp.inf))
+
+
+def _score(plan: Plan, refs: Refs, slot: Scalar, u: int, running: Array, own_head: Array) -> Array:
+    """Puts an item's logits into their place and returns the maximum so far."""
+    g = plan.geometry
+    query = refs.queries[jnp.minimum(refs.fields[slot, u, Field.SEQ], g.max_tokens - 1)]
+    query = (query.astype(jnp.float32) * refs.factors[0]).astype(g.dtype)
+    x = _matmul(plan, query, keys_or_values(plan, refs.ring.at[slot, u], values=False), 1)
+    heads = g.num_kv_heads
+    low, high = refs.fields[slot, u, Field.LOW] * heads, refs.fields[slot, u, Field.HIGH] * heads
+    lane = jax.lax.broadcasted_iota(jnp.int32, (g.num_heads, LANES), 1)
+    pair = jax.lax.div(lane, 2) + jax.lax.rem(lane, 2) * (g.columns // 2) if g.halves else lane
+    top = jnp.full((g.num_heads, LANES), START, jnp.float32)
+    for c in range(0, g.columns, LANES):
+        ahead = c // 2 if g.halves else c
+        seen = pair < high - ahead
+        if plan.config.sliding_window is not None:
+            seen &= pair >= low - ahead
+        limit = jnp.where(seen, jnp.float32(jnp.inf), -jnp.float32(jnp.inf))
+        part = x[:, c : c + LANES]
+        if plan.config.soft_cap is not None:
+            part = jnp.tanh(part) * jnp.float32(plan.config.soft_cap * LOG2_E)
+        part = jnp.minimum(part, jnp.minimum(limit, own_head) if heads > 1 else limit)
+        refs.logits[u, :, c : c + LANES] = part
+        top = jnp.maximum(top, part)
+    peak: Array = jnp.maximum(running, jnp.broadcast_to(jnp.max(top, axis=1, keepdims=True), top.shape))
+    return peak
+
+
+def _matmul(plan: Plan, a: Array, b: Array, contracted: int) -> Array:
+    """The product over a's columns and dimension `contracted` of b, summed in float32."""
+    precision = jax.lax.Precision.HIGHEST if plan.geometry.dtype == jnp.float32 else None
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)

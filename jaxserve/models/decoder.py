@@ -26,7 +26,7 @@ from jaxserve.models.layers.rope import Rotation, rotation
 from jaxserve.models.params import ParamInfo
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
-from jaxserve.pallas.paged_attention.api import AttentionLayer, RaggedBatch
+from jaxserve.pallas.paged_attention.api import AttentionLayer, RaggedBatch, prepared
 from jaxserve.sharding.rules import constrain
 
 Carry: TypeAlias = tuple[Array, Array]
@@ -85,6 +85,7 @@ class Decoder(nnx.Module):
         self.lm_head = None if tied else Table(spec.vocab_size, spec.hidden_size, numerics=numerics)
         self.spec = spec
         self.mesh = placement.mesh
+        self.placement = placement
 
     def __call__(
         self, token_ids: Int32[Array, " T"], kv_pages: Shaped[Array, "P page_size K2 H"], batch: RaggedBatch
@@ -103,6 +104,8 @@ class Decoder(nnx.Module):
         num_pages = kv_pages.shape[0] // spec.num_layers
         with jax.named_scope("embed"):
             x = self._whole(self.embed.rows(token_ids))
+        group = spec.num_heads // (spec.num_kv_heads * self.placement.kv_repeat)
+        batch = prepared(batch, group=group, target=self.placement.target)
         turns = rotation(spec.rope, spec.head_dim, batch.positions)
         graph, stacked = nnx.split(self.layers)
 

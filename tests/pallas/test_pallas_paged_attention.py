@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_interpreters import GPU, TPU, Runner, races_fail
 from kernel_interpreters import PLAIN as EVERYWHERE
-from kernel_interpreters import TPU, Runner, races_fail
 from paged_attention_cases import SHAPES, Case, Length, Shape, build, exact, from_pool, to_pool, tolerance
 
 from jaxserve.pallas.dispatch import Backend
@@ -27,15 +27,18 @@ ALL = AttentionConfig(scale=0.3, sliding_window=7, soft_cap=2.0)
 
 MIXED = (Length(cached=9, new=1), Length(cached=0, new=1), Length(cached=5, new=4), Length(cached=0, new=6))
 
-# A kernel takes seconds a case in the interpreter: what runs by default is `test_the_tpu_kernel`, the rest is slow.
-# Hopper's kernels have tests of their own for the interpreter, which cannot run all of the op; here they run on a GPU.
+KERNELS = (pytest.param(TPU, id="tpu"), GPU)
+
+# A kernel takes seconds a case in the interpreter: what runs by default is `test_the_kernels`, the rest is slow.
 backends = pytest.mark.parametrize(
     "backend",
     [
         *EVERYWHERE,
-        pytest.param(TPU, marks=[pytest.mark.slow] if TPU.is_interpreted else [], id="tpu"),
-        pytest.param(
-            Runner(Backend.GPU), marks=pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"), id="gpu"
+        *(
+            pytest.param(
+                *k.values, marks=[*k.marks, *([pytest.mark.slow] if k.values[0].is_interpreted else [])], id=k.id
+            )
+            for k in KERNELS
         ),
     ],
     ids=str,
@@ -45,6 +48,13 @@ backends = pytest.mark.parametrize(
 def examples(backend: Runner, most: int) -> int:
     """How many cases of a kind are worth their time."""
     return 1 if backend.is_interpreted else most
+
+
+def dtypes(backend: Runner, kv_dtype: str | None = None) -> dict[str, str]:
+    """Dtypes where a test has no wish, or one for the pool only: float32, which Hopper's kernels refuse."""
+    if backend.backend is Backend.GPU:
+        return {"dtype": "bfloat16", "kv_dtype": "bfloat16" if kv_dtype in (None, "float32") else kv_dtype}
+    return {"kv_dtype": kv_dtype or "float32"}
 
 
 @functools.cache
@@ -117,11 +127,11 @@ def ragged(draw: st.DrawFn, shape: Shape) -> tuple[Length, ...]:
 @settings(max_examples=25, deadline=None)
 def test_random_ragged_batches(backend: Runner, config: AttentionConfig, data: st.DataObject) -> None:
     if backend.is_interpreted:
-        pytest.skip("see test_random_ragged_batches_of_the_tpu_kernel")
+        pytest.skip("see test_random_ragged_batches_of_the_kernels")
     shape = SHAPES["gqa3"]
     lengths = data.draw(ragged(shape))
     seed = data.draw(st.integers(0, 2**16))
-    case = build(shape, lengths, sinks=config is ALL, share=data.draw(st.integers(0, 2)), seed=seed)
+    case = build(shape, lengths, sinks=config is ALL, share=data.draw(st.integers(0, 2)), seed=seed, **dtypes(backend))
     check(case, config, backend)
 
 
@@ -131,7 +141,7 @@ def test_shapes(backend: Runner, name: str) -> None:
     shape = SHAPES[name]
     lengths = [Length(cached=min(x.cached, shape.max_context - x.new), new=x.new) for x in MIXED[: shape.max_seqs]]
     for seed in range(examples(backend, 3)):
-        check(build(shape, lengths, seed=seed), PLAIN, backend)
+        check(build(shape, lengths, seed=seed, **dtypes(backend)), PLAIN, backend)
 
 
 @backends
@@ -139,7 +149,7 @@ def test_shapes(backend: Runner, name: str) -> None:
 @pytest.mark.parametrize("sinks", [False, True], ids=["no_sinks", "sinks"])
 def test_features(backend: Runner, config: AttentionConfig, sinks: bool) -> None:
     for seed in range(examples(backend, 3)):
-        check(build(SHAPES["gqa3"], MIXED, sinks=sinks, seed=seed), config, backend)
+        check(build(SHAPES["gqa3"], MIXED, sinks=sinks, seed=seed, **dtypes(backend)), config, backend)
 
 
 @backends
@@ -174,7 +184,7 @@ def test_a_format_and_its_bits_are_the_same(backend: Runner, kv_format: str, bit
 @backends
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "uint8", "int8"])
 def test_narrow_formats_saturate(backend: Runner, kv_dtype: str) -> None:
-    case = build(SHAPES["gqa3"], MIXED, kv_dtype=kv_dtype, scales=True)
+    case = build(SHAPES["gqa3"], MIXED, scales=True, **dtypes(backend, kv_dtype))
     case.k[0, 0, 0], case.v[0, 0, 0] = 1e6, -1e6
     _, kv_pages = check(case, PLAIN, backend)
     limit = 127 if kv_dtype == "int8" else 448
@@ -187,7 +197,7 @@ def test_narrow_formats_saturate(backend: Runner, kv_dtype: str) -> None:
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_output_does_not_depend_on_what_must_not_be_read(backend: Runner, kv_dtype: str) -> None:
     outs = [
-        run(build(SHAPES["gqa3"], MIXED, kv_dtype=kv_dtype, scales=True, poison_seed=seed), PLAIN, backend)[0]
+        run(build(SHAPES["gqa3"], MIXED, scales=True, poison_seed=seed, **dtypes(backend, kv_dtype)), PLAIN, backend)[0]
         for seed in range(3)
     ]
     np.testing.assert_array_equal(outs[0], outs[1])
@@ -210,12 +220,12 @@ def test_output_does_not_depend_on_what_must_not_be_read(backend: Runner, kv_dty
     ids=["empty", "one_token", "full_decodes", "full_prefill", "full_context", "page_borders", "late_single"],
 )
 def test_edges(backend: Runner, lengths: Sequence[Length]) -> None:
-    check(build(SHAPES["gqa3"], lengths, seed=3), PLAIN, backend)
+    check(build(SHAPES["gqa3"], lengths, seed=3, **dtypes(backend)), PLAIN, backend)
 
 
 @backends
 def test_chunks_that_could_be_decodes_may_be_declared_chunks(backend: Runner) -> None:
-    case = build(SHAPES["gqa3"], (Length(cached=9, new=1), Length(cached=4, new=1)))
+    case = build(SHAPES["gqa3"], (Length(cached=9, new=1), Length(cached=4, new=1)), **dtypes(backend))
     arrays = [jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_pages)]
     batch = jax.tree.map(lambda x: x, case.batch())
     object.__setattr__(batch, "num_decodes", jnp.int32(0))
@@ -241,20 +251,21 @@ def test_long_contexts_and_chunks(backend: Runner, window: int | None) -> None:
     if backend.is_interpreted:
         lengths = (Length(cached=719, new=1), Length(cached=255, new=20))
     config = AttentionConfig(scale=0.2, sliding_window=window, soft_cap=None)
-    check(build(SHAPES["long"], lengths, sinks=window == 100, share=3, seed=window or 0), config, backend)
+    case = build(SHAPES["long"], lengths, sinks=window == 100, share=3, seed=window or 0, **dtypes(backend))
+    check(case, config, backend)
 
 
 @backends
 def test_large_logits_do_not_overflow(backend: Runner) -> None:
     config = AttentionConfig(scale=1e4, sliding_window=None, soft_cap=None)
-    check(build(SHAPES["gqa3"], MIXED, sinks=True), config, backend)
+    check(build(SHAPES["gqa3"], MIXED, sinks=True, **dtypes(backend)), config, backend)
 
 
 @backends
 def test_chunked_prefill_equals_one_go(backend: Runner) -> None:
     """The same prompt in one chunk, or in three steps that read what earlier ones wrote."""
     shape = SHAPES["gqa3"]
-    whole = build(shape, (Length(cached=0, new=20),))
+    whole = build(shape, (Length(cached=0, new=20),), **dtypes(backend))
     expected, pool_at_once = run(whole, PLAIN, backend)
     kv_pages, outs, start = whole.kv_pages, [], 0
     for new in (7, 1, 12):
@@ -315,7 +326,7 @@ def test_agrees_with_the_ragged_paged_attention_of_jax(
 ) -> None:
     """On what that covers: no sinks, one dtype."""
     kernel = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
-    case = build(SHAPES["gqa3"], lengths, seed=7)
+    case = build(SHAPES["gqa3"], lengths, seed=7, **dtypes(backend))
     out, kv_pages = run(case, config, backend)
     batch = case.batch()
     with jax.numpy_dtype_promotion("standard"):
@@ -336,6 +347,7 @@ def test_agrees_with_the_ragged_paged_attention_of_jax(
 SMALL = Shape(max_seqs=4, max_tokens=12, num_kv_heads=2, group=3, head_dim=64, page_size=16, pages_per_seq=2)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("config", "kv_dtype", "lengths"),
     [
@@ -344,22 +356,24 @@ SMALL = Shape(max_seqs=4, max_tokens=12, num_kv_heads=2, group=3, head_dim=64, p
     ],
     ids=["plain", "everything"],
 )
-def test_the_tpu_kernel(config: AttentionConfig, kv_dtype: str, lengths: Sequence[Length]) -> None:
+def test_the_kernels(backend: Runner, config: AttentionConfig, kv_dtype: str, lengths: Sequence[Length]) -> None:
     """The cases that run by default; with races, NaN and scales."""
     case = build(SMALL, lengths, dtype="bfloat16", kv_dtype=kv_dtype, scales=kv_dtype == "int8", sinks=config is ALL)
-    check(case, config, TPU)
+    check(case, config, backend)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("config", [PLAIN, ALL], ids=["plain", "all"])
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
-def test_random_ragged_batches_of_the_tpu_kernel(config: AttentionConfig, data: st.DataObject) -> None:
+def test_random_ragged_batches_of_the_kernels(backend: Runner, config: AttentionConfig, data: st.DataObject) -> None:
     lengths = data.draw(ragged(SMALL))
-    dtype, kv_dtype = data.draw(st.sampled_from([("float32", "float32"), ("bfloat16", "bfloat16")]))
+    wide = ("float32", "float32") if backend is TPU else ("float16", "float16")
+    dtype, kv_dtype = data.draw(st.sampled_from([wide, ("bfloat16", "bfloat16")]))
     seed = data.draw(st.integers(0, 2**16))
     case = build(SMALL, lengths, dtype=dtype, kv_dtype=kv_dtype, sinks=config is ALL, share=seed % 2, seed=seed)
-    check(case, config, TPU)
+    check(case, config, backend)
 
 
 @backends

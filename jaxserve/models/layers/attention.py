@@ -37,6 +37,12 @@ class Placement:
     kv_repeat: int
     backend: Backend | None
 
+    @property
+    def target(self) -> Target:
+        """What paged attention is told about where it runs."""
+        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        return Target(platform=platform, backend=self.backend)
+
 
 class Attention(nnx.Module):
     """Projections, position embedding, paged attention, output projection."""
@@ -88,9 +94,7 @@ class Attention(nnx.Module):
         layer: AttentionLayer,
     ) -> tuple[Array, Array]:
         mesh = self.placement.mesh
-        platform = None if mesh is None else mesh.devices.flat[0].platform
-        target = Target(platform=platform, backend=self.placement.backend)
-        run = partial(paged_attention, config=self.config, target=target)
+        run = partial(paged_attention, config=self.config, target=self.placement.target)
         if mesh is None or mesh.size == 1:
             return run(q, k, v, kv_pages, batch, layer)
         heads, pool = (None, "kv_heads", None), (None, None, "kv_heads", None)

@@ -7,6 +7,7 @@ passed in, changed in place when the caller donates it, and returned.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -14,14 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, deferred, interpreted, select
+from jaxserve.pallas.dispatch import ANYWHERE, Backend, Target, deferred, interpreted, preference, select
 from jaxserve.pallas.paged_attention.cache import FORMATS
+from jaxserve.pallas.paged_attention.gpu.prefill_schedule import prefill_schedule
+from jaxserve.pallas.paged_attention.gpu.prefill_tiles import item_tokens
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.reference import paged_attention_reference
 from jaxserve.pallas.paged_attention.xla import paged_attention_xla
 from jaxserve.quant.bits import format_of
 
-__all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "Target", "paged_attention"]
+__all__ = ["BACKENDS", "AttentionConfig", "AttentionLayer", "RaggedBatch", "Target", "paged_attention", "prepared"]
 
 BACKENDS: Mapping[Backend, Callable[..., tuple[Array, Array]]] = MappingProxyType(
     {
@@ -75,6 +78,20 @@ def paged_attention(
     run = select("paged_attention", BACKENDS, target)
     with interpreted(target), jax.named_scope("paged_attention"):
         return run(q, k, v, kv_pages, batch, layer, config=config)
+
+
+def prepared(batch: RaggedBatch, *, group: int, target: Target = ANYWHERE) -> RaggedBatch:
+    """Adds to a batch what can be made once for all layers, if the backend that will run wants it; optional.
+
+    Args:
+        batch: Sequences, pages and positions.
+        group: Query heads to a KV head.
+        target: As `paged_attention` will be told.
+    """
+    chosen = target.backend or preference(target.resolved_platform)[0]
+    if chosen is not Backend.GPU:
+        return batch
+    return dataclasses.replace(batch, prefill=prefill_schedule(batch, item_tokens(group)))
 
 
 def _check_tokens(q: Array, k: Array, v: Array) -> None:

@@ -12,9 +12,19 @@ followed by the new ones. Shapes are static and padded:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int32
+
+
+class PrefillSchedule(NamedTuple):
+    """A step's chunks in the order in which a kernel takes them, the same for all layers."""
+
+    # [M, 5]; sequence, first row, its position, tokens, and the context's end; those that read most come first
+    tiles: Int32[Array, "M 5"]
+    # scalar; how many there are
+    num_tiles: Int32[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +46,8 @@ class RaggedBatch:
     positions: Int32[Array, " T"]
     # [T]; sequence of each row; S for padding
     token_seq: Int32[Array, " T"]
+    # made once for all layers by `api.prepared`, or None: a backend that needs it makes it itself
+    prefill: PrefillSchedule | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -32,7 +32,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxserve.pallas.paged_attention.gpu.agenda import Agenda, Item, Splits, agenda_size, decode_splits
+from jaxserve.pallas.paged_attention.gpu.blocks import tiled, widen
 from jaxserve.pallas.paged_attention.gpu.combine import Partials, combine
+from jaxserve.pallas.paged_attention.gpu.support import check_support
 from jaxserve.pallas.paged_attention.gpu.tiles import (
     BLOCK_TOKENS,
     ROWS,
@@ -43,9 +45,6 @@ from jaxserve.pallas.paged_attention.gpu.tiles import (
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 LOG2E = math.log2(math.e)
-
-NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
-"""Formats of the pool that are widened to the queries' dtype on their way to wgmma; all their values fit."""
 
 WIDENED_COLUMNS = 128
 """Columns that are widened at a time, or fewer that divide a head."""
@@ -105,8 +104,9 @@ def decode_shape(q: Array, kv_pages: Array, batch: RaggedBatch) -> DecodeShape:
     Raises:
         NotImplementedError: They cannot.
     """
+    check_support(q, kv_pages)
     page_size, heads2, head_dim = kv_pages.shape[1:]
-    shape = DecodeShape(
+    return DecodeShape(
         num_seqs=batch.page_table.shape[0],
         num_kv_heads=heads2 // 2,
         group=q.shape[1] * 2 // heads2,
@@ -116,20 +116,6 @@ def decode_shape(q: Array, kv_pages: Array, batch: RaggedBatch) -> DecodeShape:
         itemsize=q.dtype.itemsize,
         kv_itemsize=kv_pages.dtype.itemsize,
     )
-    held = kv_pages.dtype
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or (held != q.dtype and held.name not in NARROW):
-        raise NotImplementedError(
-            f"q {q.dtype} with pages {held}: q must be bfloat16 or float16, pages so or of 8 bits"
-        )
-    if shape.group > ROWS:
-        raise NotImplementedError(f"{shape.group} query heads to a KV head are more than {ROWS}")
-    if not shape.is_tileable or head_dim > 256:
-        raise NotImplementedError(
-            f"head dim {head_dim} of {held}: rows must be multiples of 32 bytes, and up to 256 wide"
-        )
-    if page_size < 8 or (BLOCK_TOKENS % page_size and page_size % BLOCK_TOKENS):
-        raise NotImplementedError(f"pages of {page_size} tokens: neither a power of two from 8 up nor a multiple of 64")
-    return shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,16 +320,10 @@ def _await_block(plan: Plan, refs: Refs, worker: Worker, count: Scalar) -> Ref:
     plgpu.barrier_wait(refs.full.at[slot])
     if refs.wide is None:
         return refs.ring.at[slot]
-    columns = math.gcd(plan.shape.head_dim, WIDENED_COLUMNS)
-    for c in range(0, plan.shape.head_dim, columns):
-        part = pl.ds(c, columns)
-        narrow = plgpu.layout_cast(refs.ring[slot, :, part], plgpu.Layout.WGMMA_UPCAST_2X)
-        if plan.kv_dtype != jnp.int8:
-            # There is no instruction from 8 bits to bfloat16, but float16 holds them all.
-            narrow = narrow.astype(jnp.float16)
-        refs.wide[worker.place, :, part] = plgpu.layout_cast(narrow.astype(plan.dtype), plgpu.Layout.WGMMA)
-    plgpu.barrier_arrive(refs.empty.at[slot])
+    widen(refs.ring, slot, refs.wide, worker.place, WIDENED_COLUMNS)
+    # Fenced before the loader may overwrite what has been read, and before wgmma reads what has been written.
     plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.empty.at[slot])
     return refs.wide.at[worker.place]
 
 
@@ -439,17 +419,17 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
         _named(plan),
         out_type=(by_head, by_row, by_row),
         scratch_types=(
-            _tiled((num_entries, BLOCK_TOKENS, shape.head_dim), plan.kv_dtype),
-            _tiled((tiles.workers, ROWS, shape.head_dim), plan.dtype),
-            _tiled((tiles.workers, ROWS, shape.stage_columns), jnp.dtype(jnp.float32)),
+            tiled((num_entries, BLOCK_TOKENS, shape.head_dim), plan.kv_dtype),
+            tiled((tiles.workers, ROWS, shape.head_dim), plan.dtype),
+            tiled((tiles.workers, ROWS, shape.stage_columns), jnp.dtype(jnp.float32)),
             plgpu.SMEM((tiles.workers, 2, ROWS), jnp.float32),
             listed,
             listed,
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=num_entries),
             plgpu.Barrier(num_barriers=num_entries),
             plgpu.Barrier(num_barriers=tiles.workers),
-            None if plan.kv_dtype == plan.dtype else _tiled((tiles.workers, BLOCK_TOKENS, shape.head_dim), plan.dtype),
-            _tiled((tiles.workers, ROWS, BLOCK_TOKENS), plan.dtype) if tiles.interpretable else None,
+            None if plan.kv_dtype == plan.dtype else tiled((tiles.workers, BLOCK_TOKENS, shape.head_dim), plan.dtype),
+            tiled((tiles.workers, ROWS, BLOCK_TOKENS), plan.dtype) if tiles.interpretable else None,
         ),
         grid=(tiles.num_blocks,),
         grid_names=("block",),
@@ -480,11 +460,3 @@ def _named(plan: Plan) -> Callable[..., None]:
         _kernel(plan, *refs)
 
     return paged_decode
-
-
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> pl.MemoryRef:
-    """Shared memory in tiles of 8 rows, swizzled as far as a row allows, as wgmma and TMA want it."""
-    itemsize = dtype.itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -1,7 +1,7 @@
 """Paged attention on Hopper GPUs: the new keys and values into their pages, then the decodes, then the chunks.
 
 Each kind of sequence has its kernel. Rows of decodes are the first ones of the batch, so their result comes as the
-leading rows of the output, zeros elsewhere; the chunks' kernel fills its rows in.
+leading rows of the output, zeros elsewhere; the chunks' kernel fills its rows in. `support` says what they can do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.cache import write_pages
+from jaxserve.pallas.paged_attention.gpu.support import check_support
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 COMPUTE_CAPABILITY = "9.0"
@@ -29,6 +30,7 @@ def paged_attention_gpu(
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
     _check_chip()
+    check_support(q, kv_pages)
     # Imported here, for Mosaic GPU takes a while that no other start should pay.
     from jaxserve.pallas.paged_attention.gpu.decode import attend_decodes
     from jaxserve.pallas.paged_attention.gpu.prefill import attend_chunks

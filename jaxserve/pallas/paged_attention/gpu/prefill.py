@@ -19,57 +19,22 @@ this chunk's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from jaxserve.pallas.paged_attention.gpu.prefill_kernel import LOG2E, Kernel
+from jaxserve.pallas.paged_attention.gpu.prefill_kernel import Kernel
+from jaxserve.pallas.paged_attention.gpu.prefill_schedule import prefill_schedule
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import WARPGROUPS, PrefillShape, PrefillTiles, prefill_tiles
+from jaxserve.pallas.paged_attention.gpu.support import check_support
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 BLOCK_AXIS, THREAD_AXIS = "block", "warpgroup"
 """Names of the kernel's grid of thread blocks, and of a block's warpgroups."""
-
-
-class Schedule(NamedTuple):
-    """Tiles of a step, the same for all of its layers."""
-
-    # [max_tiles, 5]; sequence, first row of q, its position, tokens, and the context's end; longest first
-    tiles: Int32[Array, "M 5"]
-    # scalar; how many there are
-    num_tiles: Int32[Array, ""]
-
-
-def prefill_schedule(batch: RaggedBatch, num_rows: int, tile_tokens: int, window: int | None) -> Schedule:
-    """Cuts all chunks into tiles and sorts them by the context they read.
-
-    Args:
-        batch: Sequences, pages and positions.
-        num_rows: Rows of q.
-        tile_tokens: Tokens of a tile.
-        window: Of the attention, or None.
-    """
-    num_seqs = batch.page_table.shape[0]
-    seq = jnp.arange(num_seqs, dtype=jnp.int32)
-    is_chunk = (seq >= batch.num_decodes) & (seq < batch.num_seqs)
-    length = jnp.where(is_chunk, batch.query_starts[1:] - batch.query_starts[:-1], 0)
-    count = (length + (tile_tokens - 1)) // tile_tokens
-    ends = jnp.cumsum(count, dtype=jnp.int32)
-    tile = jnp.arange(num_rows // tile_tokens + num_seqs, dtype=jnp.int32)
-    owner = jnp.minimum(jnp.sum(ends[None, :] <= tile[:, None], axis=1, dtype=jnp.int32), num_seqs - 1)
-    offset = (tile - (ends - count)[owner]) * tile_tokens
-    position = batch.context_lens[owner] - length[owner] + offset
-    tokens = jnp.minimum(length[owner] - offset, tile_tokens)
-    work = position + tokens
-    if window is not None:
-        work = jnp.minimum(work, window + tokens)
-    order = jnp.argsort(jnp.where(tile < ends[-1], -work, 1))
-    columns = (owner, batch.query_starts[owner] + offset, position, tokens, batch.context_lens[owner])
-    return Schedule(jnp.stack(columns, axis=1)[order], ends[-1])
 
 
 def attend_chunks(
@@ -95,7 +60,7 @@ def attend_chunks(
     Raises:
         NotImplementedError: The shapes or dtypes do not suit the chip.
     """
-    shape = shape_of(q, kv_pages)
+    shape = prefill_shape(q, kv_pages)
     tiles = tiles or prefill_tiles(shape)
     tiles.check(shape)
     kernel = Kernel(
@@ -103,18 +68,20 @@ def attend_chunks(
         tiles=tiles,
         config=config,
         dtype=q.dtype,
+        kv_dtype=kv_pages.dtype,
         num_rows=q.shape[0],
         has_sinks=layer.sinks is not None,
     )
-    schedule = prefill_schedule(batch, q.shape[0], shape.item_tokens, config.sliding_window)
+    schedule = batch.prefill or prefill_schedule(batch, shape.item_tokens)
     # A copy's box must fit the array; the hardware may reach past its end, the interpreter may not.
     margin = shape.item_tokens if tiles.interpretable else max(0, shape.own_tokens - q.shape[0])
-    factor = jnp.float32(config.scale * (LOG2E if config.soft_cap is None else 2 * LOG2E / config.soft_cap))
-    one = jnp.float32(1)
-    factors = (factor if layer.k_scale is None else factor * layer.k_scale, layer.v_scale)
+    one = np.ones(1, np.float32)
     written = jax.new_ref(out)
     mesh = plgpu.Mesh(
-        grid=(tiles.num_blocks,), grid_names=(BLOCK_AXIS,), num_threads=WARPGROUPS + 1, thread_name=THREAD_AXIS
+        grid=(tiles.num_blocks,),
+        grid_names=(BLOCK_AXIS,),
+        num_threads=WARPGROUPS + (2 if shape.is_narrow else 1),
+        thread_name=THREAD_AXIS,
     )
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     run: Callable[..., None] = pl.kernel(kernel, mesh=mesh, compiler_params=params, name="paged_prefill")
@@ -122,35 +89,33 @@ def attend_chunks(
         jnp.pad(q, ((0, margin), (0, 0), (0, 0))) if margin else q,
         kv_pages,
         schedule.tiles,
-        jnp.stack([schedule.num_tiles, layer.page_offset]),
+        schedule.num_tiles[None],
+        layer.page_offset[None],
         batch.page_table,
-        jnp.stack([factors[0], one if factors[1] is None else factors[1]]),
-        one[None] if layer.sinks is None else layer.sinks.astype(jnp.float32),
-        jnp.arange(tiles.block_tokens, dtype=jnp.int32),
+        one if layer.k_scale is None else layer.k_scale[None],
+        one if layer.v_scale is None else layer.v_scale[None],
+        one if layer.sinks is None else layer.sinks.astype(jnp.float32),
+        # A literal of two dimensions stays one; of one dimension, it becomes a kernel that counts.
+        np.arange(tiles.block_tokens, dtype=np.int32)[None],
         written,
     )
     attended: Array = jax.freeze(written)
     return attended
 
 
-def shape_of(q: Float[Array, "T N H"], kv_pages: Shaped[Array, "P page_size K2 H"]) -> PrefillShape:
+def prefill_shape(q: Float[Array, "T N H"], kv_pages: Shaped[Array, "P page_size K2 H"]) -> PrefillShape:
     """Static facts, if the kernel can do them.
 
     Raises:
         NotImplementedError: It cannot.
     """
+    check_support(q, kv_pages)
     page_size, heads2, head_dim = kv_pages.shape[1:]
-    shape = PrefillShape(
+    return PrefillShape(
         num_kv_heads=heads2 // 2,
         group=q.shape[1] * 2 // heads2,
         head_dim=head_dim,
         page_size=page_size,
         itemsize=q.dtype.itemsize,
+        kv_itemsize=kv_pages.dtype.itemsize,
     )
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
-        raise NotImplementedError(f"q {q.dtype} with pages {kv_pages.dtype}: both must be bfloat16 or both float16")
-    if not shape.swizzle or head_dim > 256:
-        raise NotImplementedError(f"head dim {head_dim} is not a multiple of 16 up to 256")
-    if page_size < 8 or page_size % 8:
-        raise NotImplementedError(f"pages of {page_size} tokens are not a multiple of 8")
-    return shape

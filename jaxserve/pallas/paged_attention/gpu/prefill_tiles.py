@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from jaxserve.pallas.paged_attention.gpu.tiles import NUM_SMS, RESERVED_BYTES, ROWS, SMEM_BYTES, SWIZZLE_BYTES
+from jaxserve.pallas.paged_attention.gpu.tiles import NUM_SMS, RESERVED_BYTES, ROWS, SMEM_BYTES, swizzle_of
 
 WARPGROUPS = 2
 """Computing warpgroups of a thread block; one multiplies while the other takes its softmax."""
@@ -22,11 +22,20 @@ MIN_TOKENS = 8
 EDGE_COLUMNS = 64
 """Columns of an output tile that go through shared memory at a time where its rows are written one by one."""
 
-REGISTERS = 240
-"""Registers of a computing thread, after the loading warpgroup has given up most of its own."""
+REGISTERS, LOADER_REGISTERS = 240, 24
+"""Registers of a computing thread, and of the loading warpgroup's, which has given most of its own up."""
+
+NARROW_REGISTERS, WIDENER_REGISTERS = 224, 40
+"""Registers of a computing thread, and of one that widens blocks, where there is such a warpgroup."""
 
 SPARE_REGISTERS = 40
 """Registers left for addresses, barriers' phases and loop counters; checked against the compiler's report."""
+
+LARGE_BLOCK, SMALL_BLOCK = 128, 64
+"""Tokens of a block."""
+
+MAX_NARROW_ENTRIES = 8
+"""Blocks on their way from a narrow pool that the heuristic takes at most."""
 
 MAX_STAGES = 4
 """Stages of the ring that the heuristic takes at most; more would hide nothing."""
@@ -41,7 +50,8 @@ class PrefillShape:
         group: Query heads to a KV head.
         head_dim: Elements of a head.
         page_size: Tokens of a page.
-        itemsize: Bytes of an element of q and of the pool.
+        itemsize: Bytes of an element of q.
+        kv_itemsize: Bytes of an element of the pool.
     """
 
     num_kv_heads: int
@@ -49,11 +59,25 @@ class PrefillShape:
     head_dim: int
     page_size: int
     itemsize: int
+    kv_itemsize: int
 
     @property
     def swizzle(self) -> int:
         """Bytes of a row of the shared memory's tiles, which must divide a head; 0 if none does."""
-        return next((s for s in SWIZZLE_BYTES if self.head_dim * self.itemsize % s == 0), 0)
+        return swizzle_of(self.head_dim * self.itemsize)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether blocks of the pool are widened, by a warpgroup of their own, before they are multiplied."""
+        return self.kv_itemsize < self.itemsize
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of values that one wgmma multiplies.
+
+        Its results must fit the registers that a thread has at the start: 168, or 128 with a fourth warpgroup.
+        """
+        return math.gcd(self.head_dim, 128) if self.is_narrow and self.head_dim > 128 else self.head_dim
 
     @property
     def shares_tokens(self) -> bool:
@@ -63,8 +87,7 @@ class PrefillShape:
     @property
     def own_heads(self) -> int:
         """Query heads of a warpgroup's rows."""
-        heads = self.group // WARPGROUPS if self.shares_tokens else self.group
-        return math.gcd(heads, ROWS // MIN_TOKENS)
+        return _own_heads(self.group)
 
     @property
     def own_tokens(self) -> int:
@@ -79,7 +102,7 @@ class PrefillShape:
     @property
     def item_tokens(self) -> int:
         """Tokens of an item."""
-        return self.own_tokens * (1 if self.shares_tokens else WARPGROUPS)
+        return item_tokens(self.group)
 
     @property
     def items_per_tile(self) -> int:
@@ -89,12 +112,25 @@ class PrefillShape:
     @property
     def edge_columns(self) -> int:
         """Columns written at a time where rows are written one by one."""
-        return EDGE_COLUMNS if self.head_dim % EDGE_COLUMNS == 0 else self.head_dim
+        return EDGE_COLUMNS if self.value_columns % EDGE_COLUMNS == 0 else self.value_columns
 
     @property
     def edge_pitch(self) -> int:
         """Elements from one such row to the next, which the copy engine wants aligned to 128 bytes."""
         return -(-self.edge_columns // EDGE_COLUMNS) * EDGE_COLUMNS
+
+
+def _own_heads(group: int) -> int:
+    return math.gcd(group if group % WARPGROUPS else group // WARPGROUPS, ROWS // MIN_TOKENS)
+
+
+def item_tokens(group: int) -> int:
+    """Tokens of an item.
+
+    Args:
+        group: Query heads to a KV head.
+    """
+    return ROWS // _own_heads(group) * (WARPGROUPS if group % WARPGROUPS else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +141,8 @@ class PrefillTiles:
         block_tokens: Keys and values multiplied at a time.
         stages: Blocks of keys, and of values, in flight or in use.
         query_buffers: Query tiles; the second lets the next item's queries come, and this one's results go, meanwhile.
+        looks_ahead: Whether the next block's keys are multiplied together with a block's values.
+        narrow_entries: Blocks as they are in the pool, of keys and of values, in flight or being widened.
         num_blocks: Thread blocks of the persistent grid.
         interpretable: Weights reach wgmma through shared memory and products are added outside, which Mosaic GPU's
             interpreter needs; slower.
@@ -113,16 +151,19 @@ class PrefillTiles:
     block_tokens: int
     stages: int
     query_buffers: int
+    looks_ahead: bool = True
+    narrow_entries: int = 0
     num_blocks: int = NUM_SMS
     interpretable: bool = False
 
     def smem_bytes(self, shape: PrefillShape) -> int:
-        """Shared memory of a thread block: rings of keys and values, query tiles, and rows at the edge of a chunk."""
+        """Shared memory of a thread block: rings of keys and values, query tiles, rows at the edge of a chunk."""
         ring = 2 * self.stages * self.block_tokens * shape.head_dim * shape.itemsize
         queries = self.query_buffers * WARPGROUPS * ROWS * shape.head_dim * shape.itemsize
         edge = WARPGROUPS * ROWS * shape.edge_pitch * shape.itemsize
         staged = WARPGROUPS * ROWS * self.block_tokens * shape.itemsize if self.interpretable else 0
-        return ring + queries + edge + staged + RESERVED_BYTES
+        narrow = self.narrow_entries * self.block_tokens * shape.head_dim * shape.kv_itemsize
+        return ring + queries + edge + staged + narrow + RESERVED_BYTES
 
     def registers(self, shape: PrefillShape) -> int:
         """Registers of a computing thread: accumulated values, logits, weights, row statistics, and the rest."""
@@ -140,10 +181,16 @@ class PrefillTiles:
         """
         if self.smem_bytes(shape) > SMEM_BYTES:
             raise NotImplementedError(f"{self} needs {self.smem_bytes(shape)} of {SMEM_BYTES} bytes of shared memory")
-        if self.registers(shape) > REGISTERS:
-            raise NotImplementedError(f"{self} needs {self.registers(shape)} of {REGISTERS} registers")
-        if self.block_tokens % shape.page_size and shape.page_size % self.block_tokens:
+        most = NARROW_REGISTERS if shape.is_narrow else REGISTERS
+        if self.registers(shape) > most:
+            raise NotImplementedError(f"{self} needs {self.registers(shape)} of {most} registers")
+        if not _fits(self.block_tokens, shape.page_size):
             raise NotImplementedError(f"blocks of {self.block_tokens} tokens do not fit pages of {shape.page_size}")
+
+
+def _fits(block_tokens: int, page_size: int) -> bool:
+    """Whether a block is some whole pages, or a page some whole blocks."""
+    return block_tokens % page_size == 0 or page_size % block_tokens == 0
 
 
 def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> PrefillTiles:
@@ -154,11 +201,19 @@ def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> Prefil
         interpretable: See `PrefillTiles`.
     """
     small = shape.head_dim <= 128
+    large_blocks = small and not interpretable and not shape.is_narrow and _fits(LARGE_BLOCK, shape.page_size)
     tiles = PrefillTiles(
-        block_tokens=128 if small and not interpretable else 64,
+        block_tokens=LARGE_BLOCK if large_blocks else SMALL_BLOCK,
         stages=0,
         query_buffers=2 if small else 1,
+        looks_ahead=small or not shape.is_narrow,
         interpretable=interpretable,
     )
-    stage = 2 * tiles.block_tokens * shape.head_dim * shape.itemsize
-    return replace(tiles, stages=min((SMEM_BYTES - tiles.smem_bytes(shape)) // stage, MAX_STAGES))
+    entry = tiles.block_tokens * shape.head_dim
+    left = SMEM_BYTES - tiles.smem_bytes(shape)
+    if not shape.is_narrow:
+        return replace(tiles, stages=min(left // (2 * entry * shape.itemsize), MAX_STAGES))
+    # What is loading hides latency; what has been widened must only keep the multiplying warpgroups busy.
+    stages = 2 if small else 1
+    left -= 2 * stages * entry * shape.itemsize
+    return replace(tiles, stages=stages, narrow_entries=min(left // (entry * shape.kv_itemsize), MAX_NARROW_ENTRIES))

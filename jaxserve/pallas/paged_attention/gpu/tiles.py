@@ -64,11 +64,6 @@ class DecodeShape:
         return -(-self.group // 8) * 8
 
     @property
-    def is_tileable(self) -> bool:
-        """Whether rows of queries, keys and values are whole tiles for wgmma and the tensor memory accelerator."""
-        return self.head_dim * min(self.itemsize, self.kv_itemsize) % SWIZZLE_BYTES[-1] == 0
-
-    @property
     def stage_columns(self) -> int:
         """Columns of an accumulator that leave through shared memory at a time."""
         return math.gcd(self.head_dim, STAGE_COLUMNS)
@@ -130,3 +125,8 @@ def decode_tiles(shape: DecodeShape) -> DecodeTiles:
     entry = BLOCK_TOKENS * shape.head_dim * shape.kv_itemsize
     entries = (SMEM_BYTES - empty.smem_bytes(shape)) // (workers * entry)
     return DecodeTiles(split_tokens=split, entries=min(entries, 8), workers=workers, num_blocks=NUM_SMS)
+
+
+def swizzle_of(row_bytes: int) -> int:
+    """The best swizzle whose bytes divide a row's; 0 if none does."""
+    return next((s for s in SWIZZLE_BYTES if row_bytes % s == 0), 0)

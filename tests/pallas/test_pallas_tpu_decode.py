@@ -85,8 +85,20 @@ def check(case: Case, config: AttentionConfig, cut: DecodeTiles | None) -> None:
     assert np.all(out[rows.stop :] == UNTOUCHED)
 
 
-@pytest.mark.parametrize("config", [PLAIN, WINDOW, ALL], ids=["plain", "window", "all"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        pytest.param("bfloat16", PLAIN, id="bfloat16-plain"),
+        pytest.param("bfloat16", WINDOW, id="bfloat16-window"),
+        pytest.param("float32", ALL, id="float32-all"),
+        pytest.param("float32", PLAIN, id="float32-plain", marks=SLOW),
+        pytest.param("float32", WINDOW, id="float32-window", marks=SLOW),
+        pytest.param("bfloat16", ALL, id="bfloat16-all", marks=SLOW),
+    ],
+)
 def test_features(config: AttentionConfig, dtype: str) -> None:
     case = build(GQA3, MIXED, dtype=dtype, kv_dtype=dtype, sinks=config is ALL, seed=1)
     check(case, config, DecodeTiles(pages=8, items=2))
@@ -96,11 +108,11 @@ def test_features(config: AttentionConfig, dtype: str) -> None:
     ("dtype", "kv_dtype"),
     [
         ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("bfloat16", "float8_e4m3fn"),
-        ("bfloat16", "float8_e5m2"),
-        ("float32", "int8"),
         ("bfloat16", "int8"),
+        pytest.param("bfloat16", "float32", marks=SLOW),
+        pytest.param("bfloat16", "float8_e4m3fn", marks=SLOW),
+        pytest.param("bfloat16", "float8_e5m2", marks=SLOW),
+        pytest.param("float32", "int8", marks=SLOW),
     ],
 )
 def test_dtypes(dtype: str, kv_dtype: str) -> None:
@@ -253,7 +265,9 @@ for heads, kv_heads, page, kv_dtype, window, cap in eval(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("v5e:2x2", marks=SLOW), "v6e:2x4", pytest.param("tpu7x:2x2x1", marks=SLOW)]
+)
 def test_compiles_deviceless_and_in_place(name: str) -> None:
     topology = parse_topology(name)
     try:

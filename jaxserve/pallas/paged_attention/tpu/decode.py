@@ -37,6 +37,7 @@ from jaxserve.pallas.paged_attention.tpu.calls import (
     table_rows,
 )
 from jaxserve.pallas.paged_attention.tpu.decode_refs import (
+    Facts,
     Field,
     Plan,
     Ref,
@@ -57,6 +58,9 @@ from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, SUBLANES, S
 Copy: TypeAlias = Any
 Cursor: TypeAlias = tuple[Scalar, Scalar]
 """Sequence and item of it."""
+
+State: TypeAlias = tuple[Array, Array, Array]
+"""Maximum, partial sums and weighed values of the sequence at hand."""
 
 Carry: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar]
 """Iteration, whether it weighs anything, cursor."""
@@ -153,6 +157,7 @@ def _scratch(plan: Plan) -> list[Any]:
     tables = {
         "rows": pltpu.SMEM((g.table_rows, 1, g.table_lanes), jnp.int32),
         "reached": pltpu.SMEM((2,), jnp.int32),
+        "totals": pltpu.SMEM((SLOTS,), jnp.int32),
         "borders": pltpu.SMEM((SLOTS,), jnp.int32),
         "fields": pltpu.SMEM((SLOTS, g.tiles.items, Field.COUNT), jnp.int32),
     }
@@ -193,9 +198,11 @@ def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
         _wait_pages(plan, refs, scored)
         pl.when(_lacks_rows(plan, refs, seq))(lambda: _reach_rows(plan, refs, seq))
         pl.when(refs.borders[scored] > 0)(lambda: _finish_contexts(plan, refs, scored))
+        # Facts are read before others are written: the compiler cannot tell the slots apart.
+        facts = _facts(plan, refs, weighed), _facts(plan, refs, scored)
         cursor = _fetch(plan, refs, (seq, item), fetched)
-        _attend(plan, refs, weighed, scored)
-        return (i + 1, refs.fields[scored, 0, Field.NUM_PAGES], *cursor)
+        _attend(plan, refs, *facts)
+        return (i + 1, refs.totals[scored], *cursor)
 
     # There is one more iteration than groups: the last weighs and scores nothing.
     jax.lax.while_loop(lambda carry: carry[1] > 0, step, (zero, num_decodes, *cursor))
@@ -235,7 +242,7 @@ def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar) -> Cursor:
     g, window = plan.geometry, plan.config.sliding_window
     size, pages = g.page_size, g.tiles.pages
     seq, item = cursor
-    has_border = jnp.bool_(False)
+    has_border, total = jnp.bool_(False), jnp.int32(0)
     for u in range(g.tiles.items):
         is_item = seq < refs.counts[1]
         at = jnp.minimum(seq, g.max_tokens - 1)
@@ -253,6 +260,7 @@ def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar) -> Cursor:
                 target = refs.ring.at[slot, u, pl.ds(p * g.page_words, g.page_words)]
                 pltpu.make_async_copy(refs.pages.at[page], target, refs.pages_done.at[slot]).start()
 
+        total += num_pages
         has_border |= is_last | (begin * size < unseen)
         last_page = refs.counts[0] + refs.rows[row, 0, jnp.maximum(end - 1, 0)]
         facts = {
@@ -267,19 +275,18 @@ def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar) -> Cursor:
             refs.fields[slot, u, field] = value
         moved = is_item & is_last
         seq, item = jnp.where(moved, seq + 1, seq), jnp.where(moved, 0, item + 1)
-    refs.borders[slot] = has_border.astype(jnp.int32)
+    refs.totals[slot], refs.borders[slot] = total, has_border.astype(jnp.int32)
     return seq, item
 
 
 def _wait_pages(plan: Plan, refs: Refs, slot: Scalar) -> None:
     """Waits for a group's pages; a wait counts bytes, which pages they are of does not matter."""
-    for u in range(plan.geometry.tiles.items):
-        num_pages = refs.fields[slot, u, Field.NUM_PAGES]
+    num_pages = refs.totals[slot]
 
-        @pl.when(num_pages > 0)
-        def _(u: int = u, num_pages: Scalar = num_pages) -> None:
-            target = refs.ring.at[slot, u, pl.ds(0, num_pages * plan.geometry.page_words)]
-            pltpu.make_async_copy(target, target, refs.pages_done.at[slot]).wait()
+    @pl.when(num_pages > 0)
+    def _() -> None:
+        target = refs.pages.at[pl.ds(0, num_pages)]
+        pltpu.make_async_copy(target, target, refs.pages_done.at[slot]).wait()
 
 
 def _finish_contexts(plan: Plan, refs: Refs, slot: Scalar) -> None:
@@ -343,35 +350,57 @@ def _fill_zeros(plan: Plan, ring: Ref, begin: Scalar, end: Scalar) -> None:
     fill(rest, jax.lax.div(jnp.maximum(end - rest, 0), SUBLANES), SUBLANES)
 
 
-def _attend(plan: Plan, refs: Refs, weighed: Scalar, scored: Scalar) -> None:
-    """Weighs the values of one group and scores the keys of the next."""
+def _facts(plan: Plan, refs: Refs, slot: Scalar) -> list[Facts]:
+    """The facts of a group's items that attention needs."""
+    return [
+        Facts(
+            slot=slot,
+            seq=refs.fields[slot, u, Field.SEQ],
+            low=refs.fields[slot, u, Field.LOW],
+            high=refs.fields[slot, u, Field.HIGH],
+            is_first=refs.fields[slot, u, Field.IS_FIRST],
+        )
+        for u in range(plan.geometry.tiles.items)
+    ]
+
+
+def _attend(plan: Plan, refs: Refs, weighed: list[Facts], scored: list[Facts]) -> None:
+    """Weighs the values of one group and scores the keys of the next.
+
+    An item's matmul with keys comes before its counterpart's exponentials, which would leave the matrix units waiting;
+    its logits then take their place.
+    """
     g = plan.geometry
-    shape = (g.num_heads, LANES)
-    peak_before, total_before = jnp.full(shape, START, jnp.float32), jnp.zeros(shape, jnp.float32)
-    if refs.sinks is not None:
-        peak_before, total_before = refs.sinks[...], jnp.full(shape, 1 / LANES, jnp.float32)
-    running = refs.peaks[g.tiles.items - 1]
-    peak, total, acc = refs.peak[...], refs.total[...], refs.acc[...]
+    state = refs.peak[...], refs.total[...], refs.acc[...]
     own_head = _own_head(plan)
     for u in range(g.tiles.items):
-        # What an item's logits leave is read before those of the next group's item take their place.
-        new_peak = refs.peaks[u]
-        is_first = refs.fields[weighed, u, Field.IS_FIRST] == 1
-        decay = jnp.exp2(jnp.where(is_first, peak_before, peak) - new_peak)
-        total = jnp.where(is_first, total_before, total) * decay
-        acc = jnp.where(is_first, 0.0, acc) * decay
-        weights = [jnp.exp2(refs.logits[u, :, c : c + LANES] - new_peak) for c in range(0, g.columns, LANES)]
-        total = functools.reduce(jnp.add, weights, total)
-        values = keys_or_values(plan, refs.ring.at[weighed, u], values=True)
-        acc = acc + _matmul(plan, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
-        peak = new_peak
-        mean = acc * (refs.factors[1] / jnp.sum(total, axis=1, keepdims=True))
-        refs.result[refs.fields[weighed, u, Field.SEQ]] = mean.astype(g.query_dtype)
+        products = _products(plan, refs, scored[u], u)
+        state = _weigh(plan, refs, weighed[u], u, state)
+        _store_logits(plan, refs, scored[u], u, products, own_head)
+    refs.peak[...], refs.total[...], refs.acc[...] = state
 
-        is_first = refs.fields[scored, u, Field.IS_FIRST] == 1
-        running = _score(plan, refs, scored, u, jnp.where(is_first, peak_before, running), own_head)
-        refs.peaks[u] = running
-    refs.peak[...], refs.total[...], refs.acc[...] = peak, total, acc
+
+def _weigh(plan: Plan, refs: Refs, facts: Facts, u: int, state: State) -> State:
+    """Adds an item's values, weighed, to the running softmax of its sequence, and stores what it comes to."""
+    g = plan.geometry
+    peak, total, acc = state
+    is_first = facts.is_first == 1
+    shape = (g.num_heads, LANES)
+    if refs.sinks is None:
+        before, weight = jnp.full(shape, START, jnp.float32), 0.0
+    else:
+        before, weight = refs.sinks[...], 1 / LANES
+    before = jnp.where(is_first, before, peak)
+    peak = jnp.maximum(before, jnp.broadcast_to(jnp.max(refs.tops[u], axis=1, keepdims=True), shape))
+    decay = jnp.exp2(before - peak)
+    weights = [jnp.exp2(refs.logits[u, :, c : c + LANES] - peak) for c in range(0, g.columns, LANES)]
+    total = functools.reduce(jnp.add, weights, jnp.where(is_first, jnp.float32(weight), total) * decay)
+    values = keys_or_values(plan, refs.ring.at[facts.slot, u], values=True)
+    added = _matmul(plan, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
+    acc = jnp.where(is_first, jnp.float32(0), acc) * decay + added
+    mean = acc * (refs.factors[1] / jnp.sum(total, axis=1, keepdims=True))
+    refs.result[facts.seq] = mean.astype(g.query_dtype)
+    return peak, total, acc
 
 
 def _own_head(plan: Plan) -> Float[Array, "N 128"]:
@@ -383,31 +412,34 @@ def _own_head(plan: Plan) -> Float[Array, "N 128"]:
     return jnp.where(is_own, jnp.float32(jnp.inf), -jnp.float32(jnp.inf))
 
 
-def _score(plan: Plan, refs: Refs, slot: Scalar, u: int, running: Array, own_head: Array) -> Array:
-    """Puts an item's logits into their place and returns the maximum so far."""
+def _products(plan: Plan, refs: Refs, facts: Facts, u: int) -> Array:
+    """Dot products of an item's keys and its sequence's queries, [N, columns]."""
+    seq = jnp.minimum(facts.seq, plan.geometry.max_tokens - 1)
+    query = (refs.queries[seq].astype(jnp.float32) * refs.factors[0]).astype(plan.geometry.dtype)
+    return _matmul(plan, query, keys_or_values(plan, refs.ring.at[facts.slot, u], values=False), 1)
+
+
+def _store_logits(plan: Plan, refs: Refs, facts: Facts, u: int, products: Array, own_head: Array) -> None:
+    """Stores an item's logits, minus infinity where a row must not look, and each lane's maximum."""
     g = plan.geometry
-    query = refs.queries[jnp.minimum(refs.fields[slot, u, Field.SEQ], g.max_tokens - 1)]
-    query = (query.astype(jnp.float32) * refs.factors[0]).astype(g.dtype)
-    x = _matmul(plan, query, keys_or_values(plan, refs.ring.at[slot, u], values=False), 1)
-    heads = g.num_kv_heads
-    low, high = refs.fields[slot, u, Field.LOW] * heads, refs.fields[slot, u, Field.HIGH] * heads
-    lane = jax.lax.broadcasted_iota(jnp.int32, (g.num_heads, LANES), 1)
+    heads, shape = g.num_kv_heads, (g.num_heads, LANES)
+    low, high = facts.low * heads, facts.high * heads
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     pair = jax.lax.div(lane, 2) + jax.lax.rem(lane, 2) * (g.columns // 2) if g.halves else lane
-    top = jnp.full((g.num_heads, LANES), START, jnp.float32)
+    top = jnp.full(shape, START, jnp.float32)
     for c in range(0, g.columns, LANES):
         ahead = c // 2 if g.halves else c
         seen = pair < high - ahead
         if plan.config.sliding_window is not None:
             seen &= pair >= low - ahead
         limit = jnp.where(seen, jnp.float32(jnp.inf), -jnp.float32(jnp.inf))
-        part = x[:, c : c + LANES]
+        part = products[:, c : c + LANES]
         if plan.config.soft_cap is not None:
             part = jnp.tanh(part) * jnp.float32(plan.config.soft_cap * LOG2_E)
         part = jnp.minimum(part, jnp.minimum(limit, own_head) if heads > 1 else limit)
         refs.logits[u, :, c : c + LANES] = part
         top = jnp.maximum(top, part)
-    peak: Array = jnp.maximum(running, jnp.broadcast_to(jnp.max(top, axis=1, keepdims=True), top.shape))
-    return peak
+    refs.tops[u] = top
 
 
 def _matmul(plan: Plan, a: Array, b: Array, contracted: int) -> Array:

@@ -42,9 +42,9 @@ class Refs(NamedTuple):
     pages: Ref
     # VMEM, by slot and item: pages as they come
     ring: Ref
-    # VMEM, by item: logits, and the sequence's maximum up to the item
+    # VMEM, by item: logits, and their maximum lane by lane
     logits: Ref
-    peaks: Ref
+    tops: Ref
     # VMEM: the running softmax, and finished rows with one more for items that are none
     peak: Ref
     total: Ref
@@ -53,7 +53,8 @@ class Refs(NamedTuple):
     # SMEM: rows of the page table, by sequence modulo their number; how many of them have come, and been asked for
     rows: Ref
     reached: Ref
-    # SMEM, by slot: whether an item ends or begins in its middle; by slot and item: `Field`s
+    # SMEM, by slot: pages, whether an item begins or ends in its middle; by slot and item: `Field`s
+    totals: Ref
     borders: Ref
     fields: Ref
     rows_done: Ref
@@ -74,6 +75,17 @@ class Field:
     # page of the pool that the new token goes to, -1 in all items but a sequence's last
     NEW_PAGE = 5
     COUNT = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """An item's slot, and its fields of the same names."""
+
+    slot: Scalar
+    seq: Scalar
+    low: Scalar
+    high: Scalar
+    is_first: Scalar
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -109,7 +109,7 @@ class DecodeGeometry(Sizes):
         return {
             "ring": ((SLOTS, items, self.item_words, self.packing, self.head_dim), self.kv_dtype),
             "logits": ((items, heads, self.columns), f32),
-            "peaks": ((items, heads, LANES), f32),
+            "tops": ((items, heads, LANES), f32),
             "peak": state,
             "total": state,
             "acc": ((heads, self.head_dim), f32),

@@ -80,7 +80,7 @@ def attend_chunks(
     mesh = plgpu.Mesh(
         grid=(tiles.num_blocks,),
         grid_names=(BLOCK_AXIS,),
-        num_threads=WARPGROUPS + (2 if shape.is_narrow else 1),
+        num_threads=WARPGROUPS + (2 if shape.registers.widening else 1),
         thread_name=THREAD_AXIS,
     )
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)

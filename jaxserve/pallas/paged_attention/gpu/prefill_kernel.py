@@ -23,11 +23,7 @@ from jaxserve.pallas.paged_attention.gpu.blocks import load
 from jaxserve.pallas.paged_attention.gpu.prefill_load import Loader
 from jaxserve.pallas.paged_attention.gpu.prefill_refs import Inputs, Memory, Ref, scratch
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import (
-    LOADER_REGISTERS,
-    NARROW_REGISTERS,
-    REGISTERS,
     WARPGROUPS,
-    WIDENER_REGISTERS,
     PrefillShape,
     PrefillTiles,
 )
@@ -109,23 +105,23 @@ class Kernel:
         thread = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         loader = Loader(work=self.work, arrays=arrays, memory=memory, block=block)
-        narrow = self.shape.is_narrow
+        registers = self.shape.registers
 
         @pl.when(thread < WARPGROUPS)
         def _() -> None:
-            plgpu.set_max_registers(NARROW_REGISTERS if narrow else REGISTERS, action="increase")
+            plgpu.set_max_registers(registers.computing, action="increase")
             self._compute(arrays, memory, block)
 
         @pl.when(thread == WARPGROUPS)
         def _() -> None:
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(registers.loading, action="decrease")
             loader.load()
 
-        if narrow:
+        if registers.widening:
 
             @pl.when(thread == WARPGROUPS + 1)
             def _() -> None:
-                plgpu.set_max_registers(WIDENER_REGISTERS, action="decrease")
+                plgpu.set_max_registers(registers.widening, action="decrease")
                 loader.widen()
 
     def _compute(self, arrays: Inputs, memory: Memory, block: Array) -> None:

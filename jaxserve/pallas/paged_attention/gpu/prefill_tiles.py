@@ -22,14 +22,32 @@ MIN_TOKENS = 8
 EDGE_COLUMNS = 64
 """Columns of an output tile that go through shared memory at a time where its rows are written one by one."""
 
-REGISTERS, LOADER_REGISTERS = 240, 24
-"""Registers of a computing thread, and of the loading warpgroup's, which has given most of its own up."""
 
-NARROW_REGISTERS, WIDENER_REGISTERS = 224, 40
-"""Registers of a computing thread, and of one that widens blocks, where there is such a warpgroup."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registers:
+    """Registers of a thread, once a block's warpgroups have shared out a multiprocessor's 64 Ki.
+
+    Attributes:
+        computing: Of the two computing warpgroups.
+        loading: Of the loading one.
+        widening: Of the one that widens blocks, or 0 if there is none.
+    """
+
+    computing: int
+    loading: int
+    widening: int
+
+
+WIDE = Registers(computing=232, loading=40, widening=0)
+NARROW = Registers(computing=208, loading=40, widening=56)
+NARROW_LARGE = Registers(computing=224, loading=24, widening=40)
+"""For pools of the queries' dtype, for narrow ones, and for narrow ones with heads of more than 128."""
 
 SPARE_REGISTERS = 40
 """Registers left for addresses, barriers' phases and loop counters; checked against the compiler's report."""
+
+SMALL_HEAD = 128
+"""Head dims up to which registers hold two products of large blocks."""
 
 LARGE_BLOCK, SMALL_BLOCK = 128, 64
 """Tokens of a block."""
@@ -72,12 +90,20 @@ class PrefillShape:
         return self.kv_itemsize < self.itemsize
 
     @property
+    def registers(self) -> Registers:
+        """How warpgroups share out the registers."""
+        if not self.is_narrow:
+            return WIDE
+        return NARROW if self.head_dim <= SMALL_HEAD else NARROW_LARGE
+
+    @property
     def value_columns(self) -> int:
         """Columns of values that one wgmma multiplies.
 
         Its results must fit the registers that a thread has at the start: 168, or 128 with a fourth warpgroup.
         """
-        return math.gcd(self.head_dim, 128) if self.is_narrow and self.head_dim > 128 else self.head_dim
+        large = self.is_narrow and self.head_dim > SMALL_HEAD
+        return math.gcd(self.head_dim, SMALL_HEAD) if large else self.head_dim
 
     @property
     def shares_tokens(self) -> bool:
@@ -181,7 +207,7 @@ class PrefillTiles:
         """
         if self.smem_bytes(shape) > SMEM_BYTES:
             raise NotImplementedError(f"{self} needs {self.smem_bytes(shape)} of {SMEM_BYTES} bytes of shared memory")
-        most = NARROW_REGISTERS if shape.is_narrow else REGISTERS
+        most = shape.registers.computing
         if self.registers(shape) > most:
             raise NotImplementedError(f"{self} needs {self.registers(shape)} of {most} registers")
         if not _fits(self.block_tokens, shape.page_size):
@@ -200,7 +226,7 @@ def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> Prefil
         shape: Static facts.
         interpretable: See `PrefillTiles`.
     """
-    small = shape.head_dim <= 128
+    small = shape.head_dim <= SMALL_HEAD
     large_blocks = small and not interpretable and not shape.is_narrow and _fits(LARGE_BLOCK, shape.page_size)
     tiles = PrefillTiles(
         block_tokens=LARGE_BLOCK if large_blocks else SMALL_BLOCK,

@@ -24,6 +24,7 @@ from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype
 from jaxserve.core.environment import cache_dir
+from jaxserve.core.errors import ConfigError
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache
@@ -165,11 +166,13 @@ def build_engine(
         CheckpointError: The weights cannot be loaded.
     """
     started = time.monotonic()
-    bundle = None if config.bundle is None else open_bundle(config.bundle, read_key(config.bundle_key))
+    bundle = _open(config)
     if bundle is not None:
         config = bundle.adopt(config)
     shape = config.mesh
     mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
+    if bundle is not None:
+        bundle.require(model.spec, mesh)
     if config.compilation_cache:
         enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
     replica, resolved = plan_replica(config, model.spec, mesh)
@@ -200,6 +203,16 @@ def build_engine(
         "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages
     )
     return engine
+
+
+def _open(config: ServeConfig) -> Bundle | None:
+    """The bundle that was asked for."""
+    key = read_key(config.bundle_key)
+    if config.bundle is None:
+        if key is not None:
+            raise ConfigError("bundle_key is set and no bundle to check with it; set bundle, too.", param="bundle_key")
+        return None
+    return open_bundle(config.bundle, key)
 
 
 def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> Scheduler:

@@ -22,11 +22,13 @@ from typing import Any
 
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import Mesh
 
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError
-from jaxserve.engine.programs import Key, Replica
-from jaxserve.launch.origin import FORMAT, Origin, cpu_features
+from jaxserve.engine.programs import Key, Replica, programs
+from jaxserve.launch.origin import FORMAT, Origin, cpu_features, spec_digest
+from jaxserve.models.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -96,6 +98,14 @@ class Bundle:
         self._refuse(wrong)
         return replace(config, **adopted)
 
+    def require(self, spec: ModelSpec, mesh: Mesh) -> None:
+        """Makes sure that the bundle is for a model and a kind of device, before shapes are made for them.
+
+        Raises:
+            ConfigError: It is for others.
+        """
+        self._refuse(self.origin.differences(device_kind=mesh.devices.flat[0].device_kind, model=spec_digest(spec)))
+
     def load(
         self,
         replica: Replica,
@@ -114,8 +124,15 @@ class Bundle:
             ConfigError: The bundle was compiled for something else, or is damaged.
         """
         missing = sorted(set(self.cpu_features) - set(cpu_features(replica)))
-        wrong = self.origin.differences(Origin.of(replica, config))
+        wrong = self.origin.differences(**vars(Origin.of(replica, config)))
         self._refuse([*wrong, *([f"a processor with {', '.join(missing)}"] if missing else [])])
+        absent = sorted({each.key for each in programs(replica)} - {(each.name, each.bucket) for each in self.entries})
+        if absent:
+            raise ConfigError(
+                f"{self.folder} lacks programs: {', '.join(f'{name} {bucket}' for name, bucket in absent)}. Compile it "
+                "anew with `jaxserve compile`.",
+                param="bundle",
+            )
         devices = list(replica.mesh.devices.flat)
         loaded = {}
         for done, entry in enumerate(self.entries, start=1):
@@ -233,31 +250,44 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
     """
     try:
         text = (folder / MANIFEST).read_bytes()
-        signature = (folder / SIGNATURE).read_text() if key is not None else None
+        signature = (folder / SIGNATURE).read_bytes() if key is not None else b""
     except OSError as error:
         what = "no signature" if error.filename and Path(error.filename).name == SIGNATURE else "no bundle"
         raise ConfigError(
             f"{folder} has {what}: cannot read {error.filename} ({error.strerror}).", param="bundle"
         ) from (error)
-    if key is not None and not hmac.compare_digest(signature or "", _signature(text, key)):
+    if key is not None and not hmac.compare_digest(signature.strip(), _signature(text, key).encode()):
         raise ConfigError(f"{folder} is not signed with the key given.", param="bundle_key")
     try:
-        manifest = json.loads(text)
-        origin = manifest["origin"]
-        if origin["format"] != FORMAT:
-            raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}.", param="bundle")
-        for name in ("flags", "token_buckets", "seq_buckets"):
-            origin[name] = tuple(origin[name])
-        return Bundle(
-            folder=folder,
-            topology=manifest["topology"],
-            origin=Origin(**origin),
-            settings=manifest["settings"],
-            cpu_features=tuple(manifest["cpu_features"]),
-            entries=tuple(Entry(**entry) for entry in manifest["entries"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / MANIFEST} is damaged: {error}.", param="bundle") from error
+        return _bundle(folder, json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).", param="bundle"
+        ) from error
+
+
+def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """A bundle as its manifest says; wrong content raises whatever it may."""
+    origin = manifest["origin"]
+    if origin["format"] != FORMAT:
+        raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}.", param="bundle")
+    for name in ("flags", "token_buckets", "seq_buckets"):
+        origin[name] = tuple(origin[name])
+    parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
+    for name, value in manifest["settings"].items():
+        parsers[name](value)
+    entries = tuple(Entry(**entry) for entry in manifest["entries"])
+    for entry in entries:
+        if Path(entry.file).name != entry.file:
+            raise ValueError(f"{entry.file} is no file of the bundle")
+    return Bundle(
+        folder=folder,
+        topology=manifest["topology"],
+        origin=Origin(**origin),
+        settings=manifest["settings"],
+        cpu_features=tuple(manifest["cpu_features"]),
+        entries=entries,
+    )
 
 
 def read_key(path: Path | None) -> bytes | None:

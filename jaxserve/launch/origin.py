@@ -23,8 +23,12 @@ FORMAT = 1
 
 _SHAPING_PACKAGES = ("engine", "kv", "models", "pallas", "quant", "sampling", "sharding")
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# These change what is seen or printed, not what is compiled.
-_HARMLESS_FLAGS = ("--xla_dump", "--xla_force_host_platform_device_count")
+# These change what is seen or printed, not what is compiled. JAX itself adds the last one where there is a TPU; libtpu
+# makes the same executable with it and without.
+_HARMLESS_FLAGS = (
+    *("--xla_dump", "--xla_force_host_platform_device_count"),
+    "--xla_tpu_use_enhanced_launch_barrier",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class Origin:
             jax=version("jax"),
             jaxlib=version("jaxlib"),
             compiler=_compiler(device.platform),
-            flags=_flags(variables()),
+            flags=compiler_flags(variables()),
             device_kind=device.device_kind,
             model=spec_digest(replica.blueprint.spec),
             mesh=dict(replica.mesh.shape),
@@ -100,10 +104,26 @@ class Origin:
             seq_buckets=replica.buckets.seqs,
         )
 
-    def differences(self, here: Origin) -> list[str]:
-        """Each field in which two origins differ, with both values."""
-        pairs = ((name.name, vars(self)[name.name], vars(here)[name.name]) for name in fields(self))
-        return [f"{name} {was} (here {now})" for name, was, now in pairs if was != now]
+    def differences(self, **here: object) -> list[str]:
+        """What is not the same here, with both values.
+
+        Args:
+            **here: What is so here, by field.
+        """
+        pairs = ((name.name, vars(self)[name.name], here[name.name]) for name in fields(self) if name.name in here)
+        return [
+            f"{_WORDS.get(name, name)} {_as_text(was)} (here {_as_text(now)})" for name, was, now in pairs if was != now
+        ]
+
+
+_WORDS = {"code": "jaxserve's sources", "flags": "compiler flags", "model": "another model, whose spec is"}
+"""What differences call a field, where its name says little."""
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return ",".join(f"{name}={size}" for name, size in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def spec_digest(spec: ModelSpec) -> str:
@@ -146,6 +166,7 @@ def _compiler(platform: str) -> str | None:
         return "unknown"
 
 
-def _flags(environ: Mapping[str, str]) -> tuple[str, ...]:
+def compiler_flags(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What an environment tells XLA and libtpu that changes executables."""
     flags = " ".join(environ.get(name, "") for name in _FLAG_VARIABLES).split()
     return tuple(sorted(flag for flag in flags if not flag.startswith(_HARMLESS_FLAGS)))

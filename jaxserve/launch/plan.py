@@ -182,5 +182,6 @@ def _code_bytes(report: AotReport) -> int:
     sizes = {"head": len(report.seq_buckets), "decode": len(report.token_buckets), "score": len(report.token_buckets)}
     largest: dict[str, int] = {}
     for each in report.programs:
-        largest[each.name] = max(largest.get(each.name, 0), each.code_bytes)
+        # The CUDA compiler says nothing of code; what a bundle would store holds it.
+        largest[each.name] = max(largest.get(each.name, 0), each.code_bytes or each.serialized_bytes)
     return sum(size * sizes.get(name, 1) for name, size in largest.items())

@@ -29,8 +29,7 @@ class Memory:
         weights: Parameters.
         kv: The KV pool.
         temporaries: What the hungriest program needs besides, and the sampler's state.
-        code: The programs; those that were not compiled count as the largest of their name. 0 on GPUs, whose compiler
-            does not say: it is a few MiB.
+        code: The programs; those that were not compiled count as the largest of their name.
         capacity: What there is.
     """
 

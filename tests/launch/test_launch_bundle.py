@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from jaxserve.checkpoint.sources import spec_of
+from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
+from jaxserve.checkpoint.sources import load_spec, resolve_source, spec_of
 from jaxserve.core.config import MeshShape, ServeConfig, load
 from jaxserve.core.errors import ConfigError
-from jaxserve.launch.build import plan_replica
+from jaxserve.launch.build import Model, build_engine, plan_replica
 from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, write_bundle
 from jaxserve.launch.compile import compile_bundle
-from jaxserve.launch.origin import Origin, spec_digest
+from jaxserve.launch.origin import Origin, compiler_flags, spec_digest
 from jaxserve.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -140,24 +142,74 @@ def test_other_settings_are_refused(folder: Path, settings: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "words"),
     [
-        ("jax", "0.1"),
-        ("jaxlib", "0.1"),
-        ("compiler", "0.0.1"),
-        ("code", "0"),
-        ("flags", ("--xla_backend_optimization_level=0",)),
-        ("device_kind", "TPU v6 lite"),
-        ("model", "0"),
-        ("kv_dtype", "float8_e4m3fn"),
-        ("token_buckets", (1, 2)),
+        ("jax", "0.1", "jax 0.1"),
+        ("jaxlib", "0.1", "jaxlib 0.1"),
+        ("compiler", "0.0.1", "compiler 0.0.1"),
+        ("code", "0", "jaxserve's sources 0"),
+        ("flags", ("--xla_a=0", "--xla_b"), "compiler flags --xla_a=0,--xla_b (here none)"),
+        ("device_kind", "TPU v6 lite", "device_kind TPU v6 lite (here cpu)"),
+        ("model", "0", "another model, whose spec is 0"),
+        ("mesh", {"tensor": 2}, "mesh tensor=2 (here data=1,expert=1,tensor=1)"),
+        ("kv_dtype", "float8_e4m3fn", "kv_dtype float8_e4m3fn"),
+        ("token_buckets", (1, 2), "token_buckets 1,2"),
     ],
 )
-def test_another_origin_is_refused_by_name(folder: Path, name: str, value: object) -> None:
+def test_another_origin_is_refused_by_name(folder: Path, name: str, value: Any, words: str) -> None:
     bundle = open_bundle(folder)
     other = replace(bundle, origin=replace(bundle.origin, **{name: value}))
-    with pytest.raises(ConfigError, match=rf"was compiled for {name} .*\(here "):
+    with pytest.raises(ConfigError, match=f"was compiled for {re.escape(words)}"):
         load_here(other)
+
+
+def test_another_model_or_device_is_refused_before_shapes_are_made_for_it(folder: Path) -> None:
+    bundle, mesh = open_bundle(folder), make_mesh()
+    bundle.require(spec_of(str(MODEL)), mesh)
+    with pytest.raises(ConfigError, match="was compiled for another model"):
+        bundle.require(spec_of("qwen3-0.6b"), mesh)
+    elsewhere = replace(bundle, origin=replace(bundle.origin, device_kind="TPU v6 lite"))
+    with pytest.raises(ConfigError, match="device_kind TPU v6 lite"):
+        elsewhere.require(spec_of(str(MODEL)), mesh)
+
+
+def test_a_bundle_that_lacks_a_program_is_refused(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    *others, last = bundle.entries
+    with pytest.raises(ConfigError, match=f"lacks programs: {last.name} {last.bucket}"):
+        load_here(replace(bundle, entries=tuple(others)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"colour": "red"}},
+        {"settings": {"page_size": "many"}},
+        {"settings": ["page_size"]},
+        {"entries": [{"name": "head", "bucket": 1, "file": "../head-1.bin", "num_bytes": 1, "sha256": ""}]},
+        {"entries": [{"name": "head"}]},
+        {"origin": None},
+    ],
+)
+def test_a_manifest_that_says_nonsense(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ConfigError, match=r"manifest.json is damaged \("):
+        open_bundle(tmp_path)
+
+
+def test_a_key_without_a_bundle_is_refused(folder: Path) -> None:
+    config = load({"model": str(MODEL), "bundle_key": str(folder.parent / "key")}, environ={})
+    source = resolve_source(str(MODEL), cache_dir=folder)
+    spec = load_spec(source)
+    model = Model(source=source, spec=spec, tokenizer=byte_tokenizer(spec), chat_template=None, name="tiny")
+    with pytest.raises(ConfigError, match="bundle_key is set and no bundle"):
+        build_engine(config, model)
+
+
+def test_what_jax_adds_to_the_flags_where_there_is_a_tpu_does_not_count() -> None:
+    set_by_jax = {"LIBTPU_INIT_ARGS": " --xla_tpu_use_enhanced_launch_barrier=true --xla_tpu_real=1"}
+    assert compiler_flags(set_by_jax) == ("--xla_tpu_real=1",)
 
 
 def test_a_lesser_processor_is_refused(folder: Path) -> None:
@@ -197,6 +249,9 @@ def test_signatures(folder: Path, tmp_path: Path) -> None:
         open_bundle(changed, b"a secret")
     (changed / "manifest.sig").unlink()
     with pytest.raises(ConfigError, match="has no signature"):
+        open_bundle(changed, b"a secret")
+    (changed / "manifest.sig").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not signed with the key"):
         open_bundle(changed, b"a secret")
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigError, match="is empty"):

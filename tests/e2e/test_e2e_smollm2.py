@@ -166,7 +166,7 @@ def test_prefix_cached(one_device: Compiled, requests: list[Request], alone: Res
 
 @pytest.mark.parametrize(
     ("tensor", "split", "every"),
-    [pytest.param(2, 1, 1, id="heads do not divide"), pytest.param(3, 3, 5, id="heads divide")],
+    [pytest.param(2, 1, 1, id="heads do not divide"), pytest.param(3, 3, 5, id="heads divide", marks=pytest.mark.slow)],
 )
 def test_on_a_mesh(model: Model, requests: list[Request], alone: Results, tensor: int, split: int, every: int) -> None:
     compiled = compiled_smollm2(on_mesh(CONFIG, tensor=tensor), model)

@@ -109,10 +109,10 @@ def test_features(config: AttentionConfig, sum_by_matmul: bool) -> None:
     ("dtype", "kv_dtype"),
     [
         ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("bfloat16", "float8_e4m3fn"),
-        ("bfloat16", "float8_e5m2"),
         ("float32", "int8"),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float8_e5m2", marks=pytest.mark.slow),
     ],
 )
 def test_dtypes(dtype: str, kv_dtype: str) -> None:
@@ -129,7 +129,7 @@ def test_keys_and_values_unpacked_as_words(kv_dtype: str, window: int | None) ->
     check(case, config, tiles(WORDS))
 
 
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 150])
 def test_borders_are_crossed_in_narrower_tiles(window: int | None) -> None:
     config = AttentionConfig(scale=0.09, sliding_window=window, soft_cap=None)
     lengths = (Length(cached=150, new=33), Length(cached=0, new=5))
@@ -219,7 +219,10 @@ for heads, kv_heads, head_dim, page, kv_dtype, window, cap in eval(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("v5e:2x2", marks=pytest.mark.slow), "v6e:2x4", pytest.param("tpu7x:2x2x1", marks=pytest.mark.slow)],
+)
 def test_compiles_deviceless_and_in_place(name: str) -> None:
     topology = parse_topology(name)
     try:

@@ -22,6 +22,7 @@ from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.api import paged_attention
 from jaxserve.pallas.paged_attention.inputs import AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import Core, Sizes
 from jaxserve.sharding.chips import Chip
 
 UNTUNED = (128, 32)
@@ -70,13 +71,26 @@ def lower_jaxserve(shape: AttentionShape, chip: Chip, here: NamedSharding) -> Pr
         return paged_attention(q, k, v, pool, batch, layer, config=shape.config, target=target)
 
     lowered = jax.jit(run, donate_argnums=3).lower(*arrays.values(), batch, layer)
-    return replace(_prefill_work(shape, chip), lowered=lowered)
+    work = _decode_work if shape.is_decode else _prefill_work
+    return replace(work(shape, chip), lowered=lowered)
 
 
-def _prefill_work(shape: AttentionShape, chip: Chip) -> Program:
-    from jaxserve.pallas.paged_attention.tpu.prefill_tiles import Core, Sizes, choose_tiles
+def _decode_work(shape: AttentionShape, chip: Chip) -> Program:
+    from jaxserve.pallas.paged_attention.tpu.decode_tiles import choose_decode_tiles
 
-    sizes = Sizes(
+    tiles = choose_decode_tiles(_sizes(shape), _core(chip))
+    tokens = tiles.items * tiles.pages * shape.page_size
+    return Program(
+        lowered=None,
+        kernel="paged_attention_decode",
+        tile_bytes=tokens * 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(shape.kv_dtype).itemsize,
+        tile_dmas=tiles.items * tiles.pages,
+        tile_flops=4.0 * shape.num_heads * tokens * shape.head_dim,
+    )
+
+
+def _sizes(shape: AttentionShape) -> Sizes:
+    return Sizes(
         page_size=shape.page_size,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
@@ -87,8 +101,17 @@ def _prefill_work(shape: AttentionShape, chip: Chip) -> Program:
         max_context=shape.pages_per_seq * shape.page_size,
         sliding_window=None,
     )
-    core = Core(wide_matmul=ARRAY_SIZE[chip.name] > ARRAY_SIZE["v5e"], vmem_bytes=chip.fast_bytes)
-    cut = sizes.cut(choose_tiles(sizes, core))
+
+
+def _core(chip: Chip) -> Core:
+    return Core(wide_matmul=ARRAY_SIZE[chip.name] > ARRAY_SIZE["v5e"], vmem_bytes=chip.fast_bytes)
+
+
+def _prefill_work(shape: AttentionShape, chip: Chip) -> Program:
+    from jaxserve.pallas.paged_attention.tpu.prefill_tiles import choose_tiles
+
+    sizes = _sizes(shape)
+    cut = sizes.cut(choose_tiles(sizes, _core(chip)))
     tokens = min(cut.tiles.query_tokens, shape.query_tokens)
     units = -(-tokens // cut.tiles.block_tokens) * shape.num_kv_heads
     return Program(

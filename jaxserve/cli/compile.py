@@ -18,6 +18,7 @@ def add_command(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "compile",
+        usage="%(prog)s MODEL --out DIR [--topology T] [options]",
         help="compile a model's programs into a bundle that serve loads",
         description="Compile a model's programs for this machine's CPUs or for a slice that is not here, and write "
         "them to a folder for `jaxserve serve --bundle`. No weights are read. Takes the flags of serve that decide "

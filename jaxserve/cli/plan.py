@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive, positives
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
+from jaxserve.core.errors import ConfigError
+from jaxserve.sharding.chips import chip_named
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -20,6 +22,7 @@ def add_command(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "plan",
+        usage="%(prog)s MODEL (--topology T | --fit) [options]",
         help="does a model fit a slice, and how fast is it there",
         description="Compile a model's programs for a slice that is not here, and say what memory they take, how many "
         "sequences fit, and the least time steps can take. Times are floors: counted work over the chip's published "
@@ -63,8 +66,13 @@ def _prices(text: str) -> Mapping[str, float]:
     """Prices by chip; the one for all others under an empty name."""
     prices = {}
     for part in text.split(","):
-        name, _, price = part.rpartition("=")
-        prices[name.strip()] = above_zero(price)
+        name, _, price = part.strip().rpartition("=")
+        try:
+            prices[chip_named(name).name if name else ""] = above_zero(price)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.message) from error
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{part!r} is no price; write 2.70, or v6e=2.70,h100=3") from error
     return prices
 
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import ACCELERATOR_SEQS, ACCELERATOR_TOKENS, MAX_NUM_SEQS, MEMORY_FRACTION, ServeConfig, load
+from jaxserve.core.config import (
+    ACCELERATOR_SEQS,
+    ACCELERATOR_TOKENS,
+    MAX_NUM_SEQS,
+    MEMORY_FRACTION,
+    MeshShape,
+    ServeConfig,
+    load,
+)
 from jaxserve.core.errors import ConfigError
 from jaxserve.kv.pool import tiled
 from jaxserve.launch.estimate import Estimator, ServiceEstimate, Workload
@@ -68,11 +76,8 @@ def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline:
     require_length(spec, workload, config)
     smallest = []
     for chip in CHIPS.values():
-        candidates = (
-            candidate(spec, topology, workload, config, config.mesh.tensor if "mesh" in settings else None)
-            for topology in slices(chip)
-            if topology.num_devices >= config.mesh.num_devices
-        )
+        mesh = config.mesh if "mesh" in settings else None
+        candidates = (candidate(spec, topology, workload, config, mesh) for topology in slices(chip))
         smallest += [next((each for each in candidates if each is not None), None)]
     return [each for each in smallest if each is not None]
 
@@ -114,7 +119,7 @@ def require_length(spec: ModelSpec, workload: Workload, config: ServeConfig) -> 
 
 
 def candidate(
-    spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig, tensor: int | None
+    spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig, mesh: MeshShape | None = None
 ) -> Candidate | None:
     """A slice, or None if it is too small.
 
@@ -122,11 +127,13 @@ def candidate(
         spec: The model.
         topology: The slice.
         workload: What must fit into a replica's KV pool.
-        config: What was asked of serve.
-        tensor: How many devices share the model; chosen if None.
+        config: What was asked of serve, but for its mesh.
+        mesh: How devices share the model; chosen if None.
     """
-    tensor = tensor or choose_tensor(spec, topology, config)
-    costs = costs_of(spec, tensor, config, topology.chip.platform)
+    mesh = mesh or MeshShape(tensor=choose_tensor(spec, topology, config))
+    if mesh.num_devices > topology.num_devices:
+        return None
+    costs = costs_of(spec, mesh.tensor, config, topology.chip.platform)
     weights, capacity = costs.weight_bytes(), topology.chip.hbm_bytes
     # What resolve() gives to weights and pool together.
     room = int((config.memory_fraction or MEMORY_FRACTION) * capacity) - weights
@@ -136,8 +143,8 @@ def candidate(
     chunk_tokens = config.max_num_batched_tokens or ACCELERATOR_TOKENS
     return Candidate(
         topology=topology,
-        tensor=tensor,
-        replicas=topology.num_devices // tensor,
+        tensor=mesh.tensor,
+        replicas=topology.num_devices // mesh.num_devices,
         weight_bytes=weights,
         kv_tokens=kv_tokens,
         service=estimator_of(costs, topology, config, chunk_tokens=chunk_tokens).service(workload),

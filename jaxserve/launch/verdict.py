@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from jaxserve.core.config import ServeConfig
 from jaxserve.launch.aot import AotReport
 from jaxserve.launch.estimate import Workload
-from jaxserve.launch.fit import Candidate, candidate
+from jaxserve.launch.fit import candidate
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.mesh import abstract_mesh
 from jaxserve.sharding.rules import kv_repeat
@@ -79,12 +79,12 @@ def too_heavy(question: Question, weights: int) -> str:
         weights: Their bytes on a device.
     """
     topology, tensor = question.topology, question.config.mesh.tensor
-    devices = "one device, which has" if tensor == 1 else f"each of {tensor} devices, which have"
+    devices = "one device" if tensor == 1 else f"each of {tensor} devices"
     would = " or ".join(_remedies(question))
     return (
-        f"{question.model} does not fit {topology}: its weights take {weights / GIB:.1f} GiB on {devices} "
-        f"{topology.chip.hbm_bytes / GIB:.0f} GiB and need room for sequences"
-        f"{f'; it would with {would}' if would else ''}."
+        f"{question.model} does not fit {topology}: its weights take {weights / GIB:.1f} GiB on {devices} of "
+        f"{topology.chip.hbm_bytes / GIB:.0f} GiB, which leaves too little room for sequences"
+        f"{f'; it would {would}' if would else ''}."
     )
 
 
@@ -133,6 +133,10 @@ def notes(question: Question) -> Iterator[str]:
         )
     if idle:
         yield f"{idle} of the slice's {topology.num_devices} devices {'is' if idle == 1 else 'are'} left over."
+    if shape.data * shape.expert > 1:
+        yield (
+            f"Nothing is split over data={shape.data} and expert={shape.expert}: their devices repeat each other's work."
+        )
     heads = spec.num_kv_heads * kv_repeat(spec.num_heads, spec.num_kv_heads, abstract_mesh(tensor=shape.tensor))
     if heads % shape.tensor:
         yield (
@@ -144,18 +148,15 @@ def notes(question: Question) -> Iterator[str]:
 def _remedies(question: Question) -> Iterator[str]:
     """What would hold the model and one of the workload's sequences."""
     one = replace(question.workload, concurrency=1)
-    tensor = None if question.mesh_chosen else question.config.mesh.tensor
-
-    def tried(topology: Topology, config: ServeConfig, tensor: int | None) -> Candidate | None:
-        return candidate(question.spec, topology, one, config, tensor)
-
-    if question.config.quantization is None:
-        found = tried(question.topology, replace(question.config, quantization="int8"), tensor)
+    topology, config = question.topology, question.config
+    if config.quantization is None:
+        mesh = None if question.mesh_chosen else config.mesh
+        found = candidate(question.spec, topology, one, replace(config, quantization="int8"), mesh)
         if found is not None:
-            yield f"--quantization int8 ({found.weight_bytes / GIB:.1f} GiB)"
-    for larger in slices(question.topology.chip):
-        if larger.num_chips > question.topology.num_chips:
-            found = tried(larger, question.config, None)
+            yield f"with --quantization int8 ({found.weight_bytes / GIB:.1f} GiB)"
+    for larger in slices(topology.chip):
+        if larger.num_chips > topology.num_chips:
+            found = candidate(question.spec, larger, one, config)
             if found is not None:
                 yield f"on {larger} ({found.weight_bytes / GIB:.1f} GiB a device)"
                 return

@@ -126,7 +126,7 @@ def parse_topology(name: str) -> Topology:
     Raises:
         ConfigError: It is no topology; the message says what one looks like.
     """
-    found = _NAME.fullmatch(name)
+    found = _NAME.fullmatch(name.lower())
     if found is None:
         raise ConfigError(
             f"{name!r} is no topology; write a chip and its grid, such as v6e:2x4 or tpu7x:2x2x1 (chips: "
@@ -171,7 +171,9 @@ def require_compiler(topology: Topology) -> None:
             )
     elif find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
         raise ConfigError(
-            f"Compiling for {topology} needs JAX's CUDA plugin; install it with `pip install 'jaxserve[gpu]'`.",
+            f"Compiling for {topology} needs JAX's CUDA plugin, but no GPU; install it with `pip install "
+            f"'jaxserve[gpu]'`, or the compiler alone with `pip install --no-deps jax-cuda13-plugin=={jax.__version__} "
+            f"jax-cuda13-pjrt=={jax.__version__}`.",
             param="topology",
         )
 
@@ -202,7 +204,10 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
             )
     except Exception as error:  # libtpu raises what it likes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"There is no slice {topology} ({reason}).", param="topology") from error
+        sizes = ", ".join(each.size for each in slices(chip))
+        raise ConfigError(
+            f"There is no slice {topology} ({reason}); {chip.title} comes as {sizes}, among others.", param="topology"
+        ) from error
     # A description of v4 has a device for each of a chip's cores; a real v4 joins them.
     devices: list[Any] = list(found.devices)
     return [device for device in devices if chip.name != "v4" or device.core_on_chip == 0]

@@ -130,8 +130,8 @@ def test_a_model_that_is_too_large_says_what_would_do(capsys: pytest.CaptureFixt
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is False
     assert answer["answer"] == (
-        "llama-3.3-70b does not fit v6e:2x2: its weights take 32.9 GiB on each of 4 devices, which have 32 GiB and "
-        "need room for sequences; it would with --quantization int8 (16.4 GiB) or on v6e:2x4 (16.4 GiB a device)."
+        "llama-3.3-70b does not fit v6e:2x2: its weights take 32.9 GiB on each of 4 devices of 32 GiB, which leaves "
+        "too little room for sequences; it would with --quantization int8 (16.4 GiB) or on v6e:2x4 (16.4 GiB a device)."
     )
 
 
@@ -199,7 +199,7 @@ def test_a_pool_too_small_for_one_request(monkeypatch: pytest.MonkeyPatch) -> No
     assert not found.fits
     assert found.sentence == (
         "llama-3.3-70b fits v6e:2x4 but not one sequence of 1280 tokens does: the pool holds 1216; it would with "
-        "sequences of at most 1216 tokens or --quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
+        "sequences of at most 1216 tokens or with --quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
     )
 
 
@@ -299,6 +299,16 @@ def test_prices_by_chip(capsys: pytest.CaptureFixture[str]) -> None:
     assert slices["h200:1"]["output_tokens_per_dollar"] is None
 
 
+@pytest.mark.parametrize(
+    ("price", "message"),
+    [("-1", "-1 is not greater than 0"), ("v9=1", "'v9' is no chip"), ("much", "'much' is no price; write 2.70")],
+)
+def test_prices_that_are_none(capsys: pytest.CaptureFixture[str], price: str, message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "qwen3-8b", "--fit", "--price", price])
+    assert message in capsys.readouterr().err
+
+
 def test_fit_keeps_to_a_mesh() -> None:
     found = {str(each.topology): each for each in fit("qwen3-8b", LOAD, settings={"mesh": "tensor=2"})}
     assert found["h100:2"].tensor == 2
@@ -310,3 +320,10 @@ def test_heads_are_padded_in_a_tpus_pool() -> None:
     spec, config = spec_of("smollm2-135m"), ServeConfig(model="smollm2-135m")
     assert costs_of(spec, 1, config, "tpu").kv_bytes_per_token == 30 * 8 * 128 * 2
     assert costs_of(spec, 1, config, "gpu").kv_bytes_per_token == 30 * 6 * 64 * 2
+
+
+def test_axes_that_split_nothing_are_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
+    found = plan(LLAMA, parse_topology("v6e:4x4"), LOAD, settings={"mesh": "data=2,tensor=8"})
+    assert found.replicas == 1
+    assert found.notes == ("Nothing is split over data=2 and expert=1: their devices repeat each other's work.",)

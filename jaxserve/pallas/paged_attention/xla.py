@@ -184,9 +184,26 @@ def _start(query: Float[Array, "B K Q H"], sinks: Float[Array, " N"] | None) -> 
 
 def _read(layer: Layer, ids: Int32[Array, "B n"]) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"]]:
     """Keys and values of a block of pages, in float32."""
-    pages = layer.kv_pages.at[ids + layer.placed.page_offset].get(mode="clip")
+    ids = ids + layer.placed.page_offset
+    pages = jax.lax.platform_dependent(layer.kv_pages, ids, cpu=_gather_rows, default=_gather)
     kv = pages.reshape(ids.shape[0], -1, pages.shape[3] // 2, 2, pages.shape[4])
     return decode(kv[:, :, :, 0], layer.placed.k_scale), decode(kv[:, :, :, 1], layer.placed.v_scale)
+
+
+def _gather(
+    kv_pages: Shaped[Array, "P page_size K2 H"], ids: Int32[Array, "B n"]
+) -> Shaped[Array, "B n page_size K2 H"]:
+    pages: Array = kv_pages.at[ids].get(mode="clip")
+    return pages
+
+
+def _gather_rows(
+    kv_pages: Shaped[Array, "P page_size K2 H"], ids: Int32[Array, "B n"]
+) -> Shaped[Array, "B n page_size K2 H"]:
+    """The same in rows of all heads, which XLA copies as vectors on CPUs; short rows it copies element by element."""
+    page_size, heads, head_dim = kv_pages.shape[1:]
+    rows = kv_pages.reshape(-1, page_size, heads * head_dim).at[ids].get(mode="clip")
+    return rows.reshape(*ids.shape, page_size, heads, head_dim)
 
 
 def _update(

@@ -139,7 +139,7 @@ def _plan_compiled(
         code=_code_bytes(report),
         capacity=topology.chip.hbm_bytes,
     )
-    counted = lengths or [length for length in LENGTHS if length <= report.max_model_len]
+    counted = lengths or [each for each in LENGTHS if each <= report.max_model_len] or [report.max_model_len]
     at_once = min(workload.concurrency, _sequences(report, workload.longest), report.seq_buckets[-1])
     fits = not report.failures and memory.total <= memory.usable and at_once > 0
     costs = costs_of(question.spec, config.mesh.tensor, config, topology.chip.platform)

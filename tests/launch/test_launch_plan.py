@@ -244,6 +244,9 @@ def test_lengths_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
     found = plan(LLAMA, parse_topology("v6e:2x4"), LOAD, settings={}, lengths=(100, 8192, 8193))
     assert found.sequences == {100: 2500, 8192: 39, 8193: 0}, "8193 tokens are one too many for a sequence"
+    short = dataclasses.replace(REPORT, max_model_len=256)
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: short)
+    assert plan(LLAMA, parse_topology("v6e:2x4"), LOAD, settings={}).sequences == {256: 1250}
 
 
 def test_more_requests_than_serve_runs_by_default_get_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,4 +329,4 @@ def test_axes_that_split_nothing_are_remarked_on(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
     found = plan(LLAMA, parse_topology("v6e:4x4"), LOAD, settings={"mesh": "data=2,tensor=8"})
     assert found.replicas == 1
-    assert found.notes == ("Nothing is split over data=2 and expert=1: their devices repeat each other's work.",)
+    assert found.notes == ("Nothing is split over data=2 and expert=1: those devices repeat the same work.",)

@@ -67,8 +67,20 @@ def _gpu_interpreter() -> Iterator[None]:
         GPU_INTERPRETER(vars(plgpu)["InterpretGPUParams"](detect_races=True)),
         mock.patch.object(decode, "decode_tiles", interpretable_decode_tiles),
         mock.patch.object(prefill, "prefill_tiles", interpretable_prefill_tiles),
+        _compiled_quickly(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
+    """Programs that call the interpreter run once: compiling them would take half of a test's time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def interpretable_decode_tiles(shape: DecodeShape) -> DecodeTiles:

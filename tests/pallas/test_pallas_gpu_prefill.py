@@ -57,7 +57,7 @@ def prefill(case: Case, config: AttentionConfig, block_tokens: int = 0) -> np.nd
         return np.asarray(run(q, pool, jnp.full(q.shape, UNTOUCHED, q.dtype)))
 
 
-def check(case: Case, config: AttentionConfig, block_tokens: int = 0) -> None:
+def check(case: Case, config: AttentionConfig, block_tokens: int = 0) -> np.ndarray:
     out = prefill(case, config, block_tokens)
     batch = case.batch()
     pool = np.asarray(write_pages(*(jnp.asarray(x) for x in (case.k, case.v, case.kv_pages)), batch, case.layer()))
@@ -66,6 +66,7 @@ def check(case: Case, config: AttentionConfig, block_tokens: int = 0) -> None:
     rows[int(batch.num_decodes) : case.num_tokens] = True
     np.testing.assert_allclose(out[rows].astype(np.float64), expected[rows], rtol=0, atol=tolerance(case))
     assert np.all(out[~rows] == UNTOUCHED)
+    return out
 
 
 NARROW = Shape(max_seqs=4, max_tokens=160, num_kv_heads=2, group=2, head_dim=64, page_size=16, pages_per_seq=40)
@@ -77,11 +78,6 @@ RAGGED = (
 )
 
 
-@interpreted
-def test_ragged_chunks_beside_decodes() -> None:
-    check(build(NARROW, RAGGED, dtype="bfloat16", kv_dtype="bfloat16"), PLAIN)
-
-
 @pytest.mark.slow
 @interpreted
 def test_large_blocks_and_scales() -> None:
@@ -89,8 +85,9 @@ def test_large_blocks_and_scales() -> None:
     check(build(NARROW, lengths, dtype="bfloat16", kv_dtype="bfloat16", scales=True), PLAIN, block_tokens=128)
 
 
+@pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("window", [1, 100])
 def test_windows_cap_and_sinks(window: int) -> None:
     config = AttentionConfig(scale=0.2, sliding_window=window, soft_cap=2.0)
     lengths = (Length(cached=0, new=1), Length(cached=500, new=70), Length(cached=3, new=5))
@@ -133,10 +130,10 @@ def test_narrow_pools_with_scales(dtype: str, kv_dtype: str, head_dim: int) -> N
 
 
 @interpreted
-def test_a_row_does_not_depend_on_the_batch_or_the_chunk() -> None:
+def test_ragged_chunks_beside_decodes_and_a_row_does_not_depend_on_the_batch_or_the_chunk() -> None:
     """A sequence's last tokens are the same to the bit alone in a chunk, or after others and beside others."""
     case = build(NARROW, RAGGED, dtype="bfloat16", kv_dtype="bfloat16")
-    together = prefill(case, PLAIN)
+    together = check(case, PLAIN)
     pool = write_pages(*(jnp.asarray(x) for x in (case.k, case.v, case.kv_pages)), case.batch(), case.layer())
     rows = slice(1 + 70 - 33, 1 + 70)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from jaxserve.pallas.paged_attention.gpu.tiles import BLOCK_TOKENS
@@ -20,6 +22,9 @@ from jaxserve.pallas.paged_attention.gpu.tiles import BLOCK_TOKENS
 LARGEST = (1 << 31) - 1
 UNROLL = 32
 """Context lengths that are read at a time."""
+
+LANES = 128
+"""Elements of a warpgroup's vector."""
 
 Ref: TypeAlias = Any
 Scalar: TypeAlias = Int32[Array, ""]
@@ -81,46 +86,58 @@ class Item(NamedTuple):
 class Agenda(NamedTuple):
     """The items of a step."""
 
-    # SMEM, a power of two each: a sequence's first split among all, or LARGEST if it is no decode; its context
+    # SMEM, [agenda_size]: a sequence's first split among all, or LARGEST if it is no decode
     begins: Ref
-    contexts: Ref
+    # [S]; context lengths
+    lens: Ref
     splits: Splits
     num_seqs: int
     num_kv_heads: int
 
-    def write(self, lens: Ref, num_decodes: Scalar) -> Scalar:
+    def write(self, num_decodes: Scalar) -> Scalar:
         """Makes the list, and returns the number of items.
 
+        It is made in registers and stored as vectors, for a warpgroup's threads meet before and after each store.
+
         Args:
-            lens: [S]; context lengths.
             num_decodes: Sequences [0, num_decodes) are decodes.
         """
-        size = agenda_size(self.num_seqs)
-        step = min(size, UNROLL)
+        step = min(_power_of_two(self.num_seqs), UNROLL)
         num_decodes = jnp.minimum(num_decodes, self.num_seqs)
+        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+        lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=layout)
 
-        def several(i: Scalar, total: Scalar) -> Scalar:
-            seqs = [i * step + u for u in range(step)]
-            contexts = [lens[jnp.minimum(seq, self.num_seqs - 1)] for seq in seqs]
-            for seq, context in zip(seqs, contexts, strict=True):
-                alive = seq < num_decodes
-                self.begins[seq] = jnp.where(alive, total, LARGEST)
-                self.contexts[seq] = context
+        def several(i: Scalar, carry: tuple[Array, Scalar, Scalar]) -> tuple[Array, Scalar, Scalar]:
+            begins, total, first = carry
+            contexts = [self.lens[jnp.minimum(first + i * step + u, self.num_seqs - 1)] for u in range(step)]
+            for u, context in enumerate(contexts):
+                alive = first + i * step + u < num_decodes
+                # In this order, for a selection has the sign of its first operand, and iota has none.
+                begins = jnp.where(lane != i * step + u, begins, jnp.where(alive, total, LARGEST))
                 total = total + jnp.where(alive, self.splits.count(context), 0)
+            return begins, total, first
+
+        def part(index: Scalar, total: Scalar) -> Scalar:
+            first = index * LANES
+            left = jnp.minimum(jnp.maximum(num_decodes - first, 0), LANES)
+            begins = jnp.maximum(lane, LARGEST)
+            num_steps = lax.div(left + (step - 1), jnp.int32(step))
+            begins, total, _ = lax.fori_loop(0, num_steps, several, (begins, total, first))
+            self.begins[pl.ds(first, LANES)] = begins
             return total
 
-        total: Scalar = lax.fori_loop(0, size // step, several, jnp.int32(0))
+        total: Scalar = lax.fori_loop(0, agenda_size(self.num_seqs) // LANES, part, jnp.int32(0))
         return total * self.num_kv_heads
 
     def item(self, index: Scalar) -> Item:
         """One item; the KV heads of a split are neighbours, so that they read the same pages at the same time."""
         heads = jnp.int32(self.num_kv_heads)
         split, head = lax.div(index, heads), lax.rem(index, heads)
-        seq, stride = jnp.int32(0), agenda_size(self.num_seqs) // 2
+        seq, stride = jnp.int32(0), _power_of_two(self.num_seqs) // 2
         while stride:
             seq = jnp.where(self.begins[seq + stride] <= split, seq + stride, seq)
             stride //= 2
-        nth, context = split - self.begins[seq], self.contexts[seq]
+        nth, context = split - self.begins[seq], self.lens[seq]
         low, tokens = self.splits.first_position(context), jnp.int32(self.splits.tokens)
         begin = (lax.div(low, tokens) + nth) * tokens
         start, stop = jnp.maximum(begin, low), jnp.minimum(begin + tokens, context)
@@ -130,5 +147,10 @@ class Agenda(NamedTuple):
 
 
 def agenda_size(num_seqs: int) -> int:
-    """Elements that each list of an agenda takes: the next power of two."""
-    return 1 << (num_seqs - 1).bit_length()
+    """Elements that an agenda takes: a power of two, for bisection, and whole vectors."""
+    return max(_power_of_two(num_seqs), LANES)
+
+
+def _power_of_two(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()

@@ -162,9 +162,8 @@ class Refs(NamedTuple):
     queries: Ref
     outgoing: Ref
     rows: Ref
-    # SMEM, a warpgroup's one after another: lists of the agenda
+    # SMEM, a warpgroup's one after another: agendas
     begins: Ref
-    contexts: Ref
     # barriers: an entry is full, is empty again; a worker's queries have come
     full: Ref
     empty: Ref
@@ -193,10 +192,8 @@ def _kernel(plan: Plan, *arguments: Ref) -> None:
     refs = Refs._make((*given, Partials(values, peaks, totals), *scratch))
     workers = plan.tiles.workers
     thread = lax.axis_index("warpgroup")
-    agenda = Agenda(
-        refs.begins.at[thread], refs.contexts.at[thread], plan.splits, plan.shape.num_seqs, plan.shape.num_kv_heads
-    )
-    total = agenda.write(refs.lens, refs.num_decodes[0])
+    agenda = Agenda(refs.begins.at[thread], refs.lens, plan.splits, plan.shape.num_seqs, plan.shape.num_kv_heads)
+    total = agenda.write(refs.num_decodes[0])
     index = lax.rem(thread, jnp.int32(workers))
     first = lax.axis_index("block") * workers + index
     num_items = lax.div(total - first + (plan.stride - 1), jnp.int32(plan.stride))
@@ -413,7 +410,6 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
     places = shape.num_seqs * plan.splits.most
     by_row = jax.ShapeDtypeStruct((places, shape.num_kv_heads, ROWS), jnp.float32)
     by_head = jax.ShapeDtypeStruct((places, shape.num_kv_heads, shape.padded_group, shape.head_dim), jnp.float32)
-    listed = plgpu.SMEM((2 * tiles.workers, agenda_size(shape.num_seqs)), jnp.int32)
     num_entries = tiles.workers * tiles.entries
     run = plgpu.kernel(
         _named(plan),
@@ -423,8 +419,7 @@ def _attend(plan: Plan, q: Array, kv_pages: Array, batch: RaggedBatch, layer: At
             tiled((tiles.workers, ROWS, shape.head_dim), plan.dtype),
             tiled((tiles.workers, ROWS, shape.stage_columns), jnp.dtype(jnp.float32)),
             plgpu.SMEM((tiles.workers, 2, ROWS), jnp.float32),
-            listed,
-            listed,
+            plgpu.SMEM((2 * tiles.workers, agenda_size(shape.num_seqs)), jnp.int32),
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=num_entries),
             plgpu.Barrier(num_barriers=num_entries),
             plgpu.Barrier(num_barriers=tiles.workers),

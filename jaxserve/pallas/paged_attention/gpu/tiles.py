@@ -95,7 +95,7 @@ class DecodeTiles:
         queries = ROWS * shape.head_dim * shape.itemsize
         outgoing = ROWS * shape.stage_columns * 4 + 2 * ROWS * 4
         weights = ROWS * BLOCK_TOKENS * shape.itemsize if self.interpretable else 0
-        agendas = 2 * 2 * 4 * (1 << (shape.num_seqs - 1).bit_length())
+        agendas = 2 * 4 * max(1 << (shape.num_seqs - 1).bit_length(), 128)
         return self.workers * (ring + wide + queries + outgoing + weights + agendas) + RESERVED_BYTES
 
     def check(self, shape: DecodeShape) -> None:

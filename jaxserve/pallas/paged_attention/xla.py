@@ -20,7 +20,7 @@ from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLay
 DECODE_ROWS = 8
 DECODE_BLOCK = 64
 QUERY_TILE = 64
-PREFILL_BLOCK = 256
+PREFILL_BLOCK = 64
 
 MASKED = -1e30
 """A logit that counts for nothing; finite, so that a row without any context stays free of NaN."""

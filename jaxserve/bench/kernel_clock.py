@@ -25,7 +25,7 @@ from jaxserve.bench.kernel_programs import jax_paged, jax_ragged, split_pool
 from jaxserve.bench.kernels import Failure
 from jaxserve.core.errors import ConfigError
 from jaxserve.pallas.dispatch import Backend, Target
-from jaxserve.pallas.paged_attention.api import paged_attention
+from jaxserve.pallas.paged_attention.api import paged_attention, prepared
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
 from jaxserve.sharding.chips import chip_named
 
@@ -156,6 +156,8 @@ def _own(backend: Backend) -> Make:
     def make(shape: AttentionShape, num_states: int) -> tuple[Step, list[State]]:
         batch, layer = jax.tree.map(jnp.asarray, (shape.batch(np.random.default_rng(0)), shape.layer()))
         target = Target(backend=backend)
+        # As in a model, whose layers share what is made once a step.
+        batch = prepared(batch, group=shape.num_heads // shape.num_kv_heads, target=target)
 
         def step(state: State) -> State:
             q, k, v, pool = state

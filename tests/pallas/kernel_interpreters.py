@@ -83,18 +83,20 @@ def _compiled_quickly() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-def interpretable_decode_tiles(shape: DecodeShape) -> DecodeTiles:
+def interpretable_decode_tiles(shape: DecodeShape, *, num_blocks: int = 1) -> DecodeTiles:
     """Short splits, so that there is something to combine, for one thread block with short rings."""
     chosen = decode_tiles(shape)
     entries = min(chosen.entries, 4)
-    return dataclasses.replace(chosen, split_tokens=64, num_blocks=1, entries=entries, interpretable=True)
+    return dataclasses.replace(
+        chosen, split_tokens=64, num_blocks=min(num_blocks, 1), entries=entries, interpretable=True
+    )
 
 
-def interpretable_prefill_tiles(shape: PrefillShape) -> PrefillTiles:
+def interpretable_prefill_tiles(shape: PrefillShape, *, num_blocks: int = 2) -> PrefillTiles:
     """Two thread blocks, so that each has several items, with short rings."""
     chosen = prefill_tiles(shape, interpretable=True)
     stages, narrow = min(chosen.stages, 2), min(chosen.narrow_entries, 3)
-    return dataclasses.replace(chosen, num_blocks=2, stages=stages, narrow_entries=narrow)
+    return dataclasses.replace(chosen, num_blocks=min(num_blocks, 2), stages=stages, narrow_entries=narrow)
 
 
 PLAIN = (Runner(Backend.REFERENCE), Runner(Backend.XLA))

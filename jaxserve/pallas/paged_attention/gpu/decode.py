@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 from jaxserve.pallas.paged_attention.gpu.agenda import Agenda, Item, Splits, agenda_size, decode_splits
 from jaxserve.pallas.paged_attention.gpu.blocks import tiled, widen
 from jaxserve.pallas.paged_attention.gpu.combine import Partials, combine
-from jaxserve.pallas.paged_attention.gpu.support import check_support
+from jaxserve.pallas.paged_attention.gpu.support import check_support, num_blocks
 from jaxserve.pallas.paged_attention.gpu.tiles import (
     BLOCK_TOKENS,
     ROWS,
@@ -83,7 +83,7 @@ def attend_decodes(
         NotImplementedError: The shapes or dtypes do not suit the chip.
     """
     shape = decode_shape(q, kv_pages, batch)
-    tiles = tiles or decode_tiles(shape)
+    tiles = tiles or decode_tiles(shape, num_blocks=num_blocks())
     tiles.check(shape)
     splits = decode_splits(tiles.split_tokens, config.sliding_window, shape.page_size * shape.pages_per_seq)
     plan = Plan(

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxserve.pallas.paged_attention.gpu.prefill_kernel import Kernel
 from jaxserve.pallas.paged_attention.gpu.prefill_schedule import prefill_schedule
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import WARPGROUPS, PrefillShape, PrefillTiles, prefill_tiles
-from jaxserve.pallas.paged_attention.gpu.support import check_support
+from jaxserve.pallas.paged_attention.gpu.support import check_support, num_blocks
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
 
 BLOCK_AXIS, THREAD_AXIS = "block", "warpgroup"
@@ -61,7 +61,7 @@ def attend_chunks(
         NotImplementedError: The shapes or dtypes do not suit the chip.
     """
     shape = prefill_shape(q, kv_pages)
-    tiles = tiles or prefill_tiles(shape)
+    tiles = tiles or prefill_tiles(shape, num_blocks=num_blocks())
     tiles.check(shape)
     kernel = Kernel(
         shape=shape,

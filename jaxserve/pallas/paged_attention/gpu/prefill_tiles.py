@@ -219,11 +219,12 @@ def _fits(block_tokens: int, page_size: int) -> bool:
     return block_tokens % page_size == 0 or page_size % block_tokens == 0
 
 
-def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> PrefillTiles:
+def prefill_tiles(shape: PrefillShape, *, num_blocks: int = NUM_SMS, interpretable: bool = False) -> PrefillTiles:
     """Chooses tiles: the largest block whose logits fit the registers, and as many stages as fit the shared memory.
 
     Args:
         shape: Static facts.
+        num_blocks: Thread blocks of the persistent grid.
         interpretable: See `PrefillTiles`.
     """
     small = shape.head_dim <= SMALL_HEAD
@@ -231,6 +232,7 @@ def prefill_tiles(shape: PrefillShape, *, interpretable: bool = False) -> Prefil
     tiles = PrefillTiles(
         block_tokens=LARGE_BLOCK if large_blocks else SMALL_BLOCK,
         stages=0,
+        num_blocks=num_blocks,
         query_buffers=2 if small else 1,
         looks_ahead=small or not shape.is_narrow,
         interpretable=interpretable,

@@ -14,10 +14,11 @@ Both kernels can do the same, so a step never runs half of its attention elsewhe
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxserve.pallas.paged_attention.gpu.tiles import BLOCK_TOKENS, ROWS, swizzle_of
+from jaxserve.pallas.paged_attention.gpu.tiles import BLOCK_TOKENS, NUM_SMS, ROWS, swizzle_of
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
 """Formats of the pool that are widened to the queries' dtype on their way to wgmma; all their values fit."""
@@ -27,6 +28,11 @@ MAX_HEAD_DIM = 256
 
 MIN_PAGE = 8
 """Rows of a swizzled tile."""
+
+
+def num_blocks() -> int:
+    """Thread blocks of a persistent grid: one for each multiprocessor of the GPU that is here, or of an H100 (SXM)."""
+    return int(jax.local_devices()[0].core_count) if jax.default_backend() == "gpu" else NUM_SMS
 
 
 def check_support(q: Array, kv_pages: Array) -> None:

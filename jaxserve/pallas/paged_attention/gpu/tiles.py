@@ -108,7 +108,7 @@ class DecodeTiles:
             raise NotImplementedError(f"{self} needs {self.smem_bytes(shape)} of {SMEM_BYTES} bytes of shared memory")
 
 
-def decode_tiles(shape: DecodeShape) -> DecodeTiles:
+def decode_tiles(shape: DecodeShape, *, num_blocks: int = NUM_SMS) -> DecodeTiles:
     """Chooses tiles.
 
     Partial results are written and read once: a split of 32 tokens a query head keeps that near a twentieth of the keys
@@ -116,15 +116,16 @@ def decode_tiles(shape: DecodeShape) -> DecodeTiles:
 
     Args:
         shape: Static facts.
+        num_blocks: Thread blocks of the persistent grid.
     """
     least = max(512 if shape.num_kv_heads >= 4 else 256, 16 * shape.padded_group)
     capacity = shape.page_size * shape.pages_per_seq
     split = 1 << (max(least, -(-capacity // MAX_SPLITS)) - 1).bit_length()
     workers = 2 if shape.head_dim <= 128 else 1
-    empty = DecodeTiles(split_tokens=split, entries=0, workers=workers, num_blocks=NUM_SMS)
+    empty = DecodeTiles(split_tokens=split, entries=0, workers=workers, num_blocks=num_blocks)
     entry = BLOCK_TOKENS * shape.head_dim * shape.kv_itemsize
     entries = (SMEM_BYTES - empty.smem_bytes(shape)) // (workers * entry)
-    return DecodeTiles(split_tokens=split, entries=min(entries, 8), workers=workers, num_blocks=NUM_SMS)
+    return DecodeTiles(split_tokens=split, entries=min(entries, 8), workers=workers, num_blocks=num_blocks)
 
 
 def swizzle_of(row_bytes: int) -> int:

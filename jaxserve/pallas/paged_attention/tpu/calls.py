@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -12,6 +14,9 @@ from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLay
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, Core
 
 LOG2_E = math.log2(math.e)
+
+CHIPS: Mapping[str, str] = MappingProxyType({"7": "tpu7x", "7x": "tpu7x"})
+"""Chips that Pallas calls by other names than topologies."""
 
 START = -1e30
 """Maximum of no logits; finite, so that a masked logit, -inf, weighs 0 beside it."""
@@ -49,4 +54,9 @@ def current_core() -> Core:
     if not pltpu.is_tpu_device():
         return Core(wide_matmul=True, vmem_bytes=64 << 20)
     info = pltpu.get_tpu_info()
-    return Core(wide_matmul=info.mxu_column_size > LANES, vmem_bytes=info.vmem_capacity_bytes)
+    version = str(info.chip_version)
+    return Core(
+        wide_matmul=info.mxu_column_size > LANES,
+        vmem_bytes=info.vmem_capacity_bytes,
+        chip=CHIPS.get(version, version),
+    )

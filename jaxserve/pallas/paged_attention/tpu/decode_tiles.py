@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, SPARE_BYTES, SUBLANES, Core, Sizes, padded_bytes
+from jaxserve.pallas.tuning import tuned_tiles
+
+KERNEL = "decode"
+"""What tables of tuned tiles call the kernel."""
 
 SLOTS = 4
 """Iterations whose keys and values have room: one weighs values, one scores keys, two are on their way."""
@@ -20,7 +25,7 @@ SLOTS = 4
 ITEM_TOKENS = 512
 """Tokens of an item that the heuristic aims at, unless they make too many columns."""
 
-ITEM_COLUMNS = 2048
+ITEM_COLUMNS = 4096
 """Keys of an item, all KV heads together, that the heuristic aims at: what a row of logits holds at a time."""
 
 GROUP_COLUMNS = 8192
@@ -140,7 +145,37 @@ def is_supported(sizes: Sizes) -> bool:
 
 
 def choose_decode_tiles(sizes: Sizes, core: Core) -> DecodeTiles:
-    """Tiles for a call: what measured best in schedules, cut down until it fits.
+    """Tiles for a call: tuned ones if there are some that fit it, else the heuristic's.
+
+    Args:
+        sizes: Of the call's arguments, supported ones.
+        core: Where it will run.
+
+    Raises:
+        NotImplementedError: Not even the smallest tiles fit.
+    """
+    found: Any = None if sizes.sliding_window else tuned_tiles(core.chip, KERNEL, sizes.problem)
+    if found is not None and decode_fits(sizes, core, tiles := DecodeTiles(**found)):
+        return tiles
+    return heuristic_decode_tiles(sizes, core)
+
+
+def decode_fits(sizes: Sizes, core: Core, tiles: DecodeTiles) -> bool:
+    """Whether a context fills an item of these tiles, in whole registers, and the core has VMEM and SMEM for them.
+
+    Args:
+        sizes: Of the call's arguments, supported ones.
+        core: Where it will run.
+        tiles: Of choice.
+    """
+    cut, tokens = cut_decode(sizes, tiles), tiles.pages * sizes.page_size
+    whole = tokens % SUBLANES == 0 and cut.columns % LANES == 0
+    roomy = cut.table_rows >= 2 * tiles.items and cut.vmem_bytes <= core.usable_vmem_bytes
+    return tokens <= sizes.max_context and whole and roomy
+
+
+def heuristic_decode_tiles(sizes: Sizes, core: Core) -> DecodeTiles:
+    """What measured best in schedules of a few problems, cut down until it fits.
 
     Args:
         sizes: Of the call's arguments, supported ones.
@@ -159,7 +194,7 @@ def choose_decode_tiles(sizes: Sizes, core: Core) -> DecodeTiles:
     items = max(1, min(GROUP_ITEMS, GROUP_COLUMNS // columns, GROUP_PAGES // pages, rows // 2))
     tiles = replace(tiles, items=items)
     smallest = step // sizes.page_size
-    while (needed := cut_decode(sizes, tiles).vmem_bytes) > core.vmem_bytes * 3 // 4:
+    while (needed := cut_decode(sizes, tiles).vmem_bytes) > core.usable_vmem_bytes:
         if tiles.items > 1:
             tiles = replace(tiles, items=tiles.items // 2)
         elif tiles.pages > smallest:

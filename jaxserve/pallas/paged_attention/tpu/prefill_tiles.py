@@ -10,8 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
+
+from jaxserve.pallas.tuning import tuned_tiles
+
+KERNEL = "prefill"
+"""What tables of tuned tiles call the kernel."""
 
 LANES = 128
 SUBLANES = 8
@@ -60,10 +66,17 @@ class Core:
     Attributes:
         wide_matmul: Whether the matrix units have 256 columns.
         vmem_bytes: VMEM of a core.
+        chip: What the table of its tuned tiles is called; None has none.
     """
 
     wide_matmul: bool
     vmem_bytes: int
+    chip: str | None = None
+
+    @property
+    def usable_vmem_bytes(self) -> int:
+        """VMEM that a kernel may take: what it does not, the compiler has for what is around it."""
+        return self.vmem_bytes * 3 // 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +121,12 @@ class Sizes:
         exact = 4 in (self.query_dtype.itemsize, self.kv_dtype.itemsize)
         dtype: jnp.dtype = jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
         return dtype
+
+    @property
+    def problem(self) -> str:
+        """What tables of tuned tiles call calls like this one, however long."""
+        heads = f"{self.num_heads},{self.num_kv_heads} h{self.head_dim} p{self.page_size}"
+        return f"{heads} {self.query_dtype.name} {self.kv_dtype.name}"
 
     def cut(self, tiles: PrefillTiles) -> Geometry:
         """The sizes of a call that is cut like this."""
@@ -219,7 +238,37 @@ class Geometry(Sizes):
 
 
 def choose_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
-    """Tiles for a call: what measured best in schedules, cut down until it fits.
+    """Tiles for a call: tuned ones if there are some that fit it, else the heuristic's.
+
+    Args:
+        sizes: Of the call's arguments.
+        core: Where it will run.
+
+    Raises:
+        NotImplementedError: Not even the smallest tiles fit into VMEM.
+    """
+    found: Any = None if sizes.sliding_window else tuned_tiles(core.chip, KERNEL, sizes.problem)
+    if found is not None and fits(sizes, core, tiles := PrefillTiles(**found)):
+        return tiles
+    return heuristic_tiles(sizes, core)
+
+
+def fits(sizes: Sizes, core: Core, tiles: PrefillTiles) -> bool:
+    """Whether a call has work for tiles of these sizes, and the core VMEM.
+
+    Args:
+        sizes: Of the call's arguments.
+        core: Where it will run.
+        tiles: Of choice.
+    """
+    cut = sizes.cut(tiles)
+    filled = tiles.query_tokens <= _round_up(sizes.max_tokens, 16) and cut.tile_tokens <= sizes.max_context
+    whole = tiles.query_tokens % tiles.block_tokens == 0 and cut.tile_tokens % LANES == 0
+    return filled and whole and cut.vmem_bytes <= core.usable_vmem_bytes
+
+
+def heuristic_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
+    """What measured best in schedules of a few problems, cut down until it fits.
 
     Args:
         sizes: Of the call's arguments.
@@ -247,7 +296,7 @@ def choose_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
         packed_rows=16 if core.wide_matmul else 8,
         narrow_tokens=NARROW_TOKENS,
     )
-    while (needed := sizes.cut(tiles).vmem_bytes) > core.vmem_bytes * 3 // 4:
+    while (needed := sizes.cut(tiles).vmem_bytes) > core.usable_vmem_bytes:
         smaller = _smaller(tiles, step // sizes.page_size)
         if smaller == tiles:
             raise NotImplementedError(f"prefill needs {needed >> 20} MiB of VMEM, of {core.vmem_bytes >> 20}")

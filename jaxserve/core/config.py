@@ -23,8 +23,9 @@ MIB = 1 << 20
 ACCELERATOR_SEQS = 256
 """Sequences that run at once on an accelerator by default."""
 
-ACCELERATOR_TOKENS = 2048
-"""Tokens that a step computes on an accelerator by default."""
+ACCELERATOR_TOKENS = 1024
+"""Tokens that a step computes on an accelerator by default: two to six times what keeps its matmuls busy while weights
+are read. More makes decodes wait for longer prefills, and its programs are the slowest to compile."""
 
 MEMORY_FRACTION = 0.9
 """Share of a device's memory that weights and pool take together by default."""
@@ -164,9 +165,10 @@ class ServeConfig:
             seq_buckets = _ladder(min(smallest, seqs), seqs)
             token_buckets = {*seq_buckets, *_ladder(min(64, batched), batched)}
         else:
-            # Up to some 256 rows an accelerator's matmuls wait for the weights: padding is free, programs are not.
-            seq_buckets = _ladder(min(16, seqs), seqs, factor=4)
-            token_buckets = {*seq_buckets, *_ladder(min(256, batched), batched)}
+            # Up to some 256 rows an accelerator's matmuls wait for the weights: padding is free, programs are not. The
+            # decoder's rows pass between devices twice a layer, though, so few tokens get a size of their own.
+            seq_buckets = _ladder(min(64, seqs), seqs, factor=4)
+            token_buckets = {min(16, seqs), *seq_buckets, *_ladder(min(256, batched), batched)}
         return ResolvedConfig(
             asked=self,
             dtype=dtype,

@@ -198,8 +198,11 @@ class TestResolve:
     def test_accelerators_have_few_shapes_and_large_pages(self) -> None:
         """Padding up to 256 rows is free there; kernels read a page table's rows as they need them."""
         resolved = ServeConfig().resolve(TPU)
-        assert resolved.seq_buckets == (16, 64, 256)
-        assert resolved.token_buckets == (16, 64, 256, 512, 1024, 2048)
+        assert resolved.seq_buckets == (64, 256)
+        assert resolved.token_buckets == (16, 64, 256, 512, 1024)
+        few = ServeConfig(max_num_seqs=8).resolve(TPU)
+        assert few.seq_buckets == (8,)
+        assert few.token_buckets == (8, 256, 512, 1024)
         assert (resolved.dtype, resolved.page_size) == ("bfloat16", 64)
         far = replace(TPU, max_position=40960, weight_bytes=1 << 30, kv_bytes_per_token=16384)
         assert [ServeConfig(max_num_seqs=n).resolve(far).page_size for n in (128, 512)] == [64, 64]

@@ -14,10 +14,10 @@ from jaxserve.models.spec import LinearRopeScaling, Llama3RopeScaling, RopeSpec
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's angles, float32."""
+    """Cosine and sine of each token's angles, float32, for both halves of a head; the first half's sine is negated."""
 
-    cos: Float[Array, "T half"]
-    sin: Float[Array, "T half"]
+    cos: Float[Array, "T H"]
+    sin: Float[Array, "T H"]
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> NDArray[np.float32]:
@@ -45,11 +45,13 @@ def _llama3(frequencies: NDArray[np.float32], scaling: Llama3RopeScaling) -> NDA
 def rotation(spec: RopeSpec, head_dim: int, positions: Int32[Array, " T"]) -> Rotation:
     """The rotation of each token's position."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(spec, head_dim))[None, :]
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1))
 
 
 def rotate(x: Float[Array, "T N H"], by: Rotation) -> Float[Array, "T N H"]:
     """Rotates the first half of each head against the second; float32 inside, x's dtype outside."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = by.cos[:, None, :], by.sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    # Whole heads at a time: products of halves are twice as many instructions on a TPU, and slower to compile.
+    swapped = jnp.concatenate([second, first], axis=-1).astype(jnp.float32)
+    return (x.astype(jnp.float32) * by.cos[:, None, :] + swapped * by.sin[:, None, :]).astype(x.dtype)

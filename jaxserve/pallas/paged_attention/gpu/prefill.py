@@ -5,7 +5,8 @@ blocks take items from a list sorted by work, longest first, back and forth so t
 loading warpgroup brings queries, and keys and values page by page, into rings in shared memory with the tensor memory
 accelerator. Two computing warpgroups of 64 rows each multiply (wgmma) and keep a running softmax in registers (online
 normaliser, arXiv:1805.02867). They take turns: while one has the tensor cores, for the values of block i and the keys
-of block i + 1 at once, the other takes its softmax (as in FlashAttention-3, arXiv:2407.08608).
+of block i + 1 at once, the other takes its softmax (as in FlashAttention-3, arXiv:2407.08608). Blocks of a pool of 8
+bits are widened on their way by a fourth warpgroup.
 
 Blocks lie at multiples of their size of the position, and what a row does not see changes nothing to the bit, so a
 row's result is the same whatever else is in the batch. Only blocks at the diagonal, or at a window's edge, are masked.

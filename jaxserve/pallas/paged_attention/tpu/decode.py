@@ -182,13 +182,14 @@ def _refs(has_sinks: bool, refs: tuple[Ref, ...]) -> Refs:
 
 def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
     refs = _refs(has_sinks, arguments)
-    zero, num_decodes = jnp.int32(0), refs.counts[1]
+    zero, num_decodes, items = jnp.int32(0), refs.counts[1], plan.geometry.tiles.items
     cursor = (zero, zero)
     refs.reached[0], refs.reached[1] = zero, zero
     for slot in range(SLOTS - 2):
         _reach_rows(plan, refs, cursor[0])
-        cursor = _fetch(plan, refs, cursor, jnp.int32(slot))
-    for u in range(plan.geometry.tiles.items):
+        for u in range(items):
+            cursor = _fetch(plan, refs, cursor, jnp.int32(slot), u)
+    for u in range(items):
         refs.fields[SLOTS - 1, u, Field.SEQ] = jnp.int32(plan.geometry.max_tokens)
         refs.fields[SLOTS - 1, u, Field.IS_FIRST] = jnp.int32(1)
 
@@ -200,8 +201,7 @@ def _kernel(plan: Plan, has_sinks: bool, *arguments: Ref) -> None:
         pl.when(refs.borders[scored] > 0)(lambda: _finish_contexts(plan, refs, scored))
         # Facts are read before others are written: the compiler cannot tell the slots apart.
         facts = _facts(plan, refs, weighed), _facts(plan, refs, scored)
-        cursor = _fetch(plan, refs, (seq, item), fetched)
-        _attend(plan, refs, *facts)
+        cursor = _attend(plan, refs, *facts, (seq, item), fetched)
         return (i + 1, refs.totals[scored], *cursor)
 
     # There is one more iteration than groups: the last weighs and scores nothing.
@@ -237,46 +237,41 @@ def _copy_row(plan: Plan, refs: Refs, seq: Scalar) -> Copy:
     return pltpu.make_async_copy(refs.table.at[seq], refs.rows.at[at], refs.rows_done.at[at])
 
 
-def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar) -> Cursor:
-    """Starts the copies of the group that begins at the cursor and notes its items' facts; returns the next group's."""
+def _fetch(plan: Plan, refs: Refs, cursor: Cursor, slot: Scalar, u: int) -> Cursor:
+    """Starts the copies of the cursor's item and notes the item's facts; returns the next item."""
     g, window = plan.geometry, plan.config.sliding_window
     size, pages = g.page_size, g.tiles.pages
     seq, item = cursor
-    has_border, total = jnp.bool_(False), jnp.int32(0)
-    for u in range(g.tiles.items):
-        is_item = seq < refs.counts[1]
-        at = jnp.minimum(seq, g.max_tokens - 1)
-        row, context = jax.lax.rem(at, g.table_rows), refs.contexts[at]
-        end = jax.lax.div(context + (size - 1), size)
-        unseen = jnp.int32(0) if window is None else jnp.maximum(context - window, 0)
-        begin = jax.lax.div(unseen, size) + item * pages
-        num_pages = jnp.where(is_item, jnp.minimum(end - begin, pages), 0)
-        is_last = is_item & (begin + pages >= end)
-        for p in range(pages):
+    is_item = seq < refs.counts[1]
+    at = jnp.minimum(seq, g.max_tokens - 1)
+    row, context = jax.lax.rem(at, g.table_rows), refs.contexts[at]
+    end = jax.lax.div(context + (size - 1), size)
+    unseen = jnp.int32(0) if window is None else jnp.maximum(context - window, 0)
+    begin = jax.lax.div(unseen, size) + item * pages
+    num_pages = jnp.where(is_item, jnp.minimum(end - begin, pages), 0)
+    is_last = is_item & (begin + pages >= end)
+    for p in range(pages):
 
-            @pl.when(p < num_pages)
-            def _(u: int = u, p: int = p, row: Scalar = row, begin: Scalar = begin) -> None:
-                page = refs.counts[0] + refs.rows[row, 0, begin + p]
-                target = refs.ring.at[slot, u, pl.ds(p * g.page_words, g.page_words)]
-                pltpu.make_async_copy(refs.pages.at[page], target, refs.pages_done.at[slot]).start()
+        @pl.when(p < num_pages)
+        def _(p: int = p) -> None:
+            page = refs.counts[0] + refs.rows[row, 0, begin + p]
+            target = refs.ring.at[slot, u, pl.ds(p * g.page_words, g.page_words)]
+            pltpu.make_async_copy(refs.pages.at[page], target, refs.pages_done.at[slot]).start()
 
-        total += num_pages
-        has_border |= is_last | (begin * size < unseen)
-        last_page = refs.counts[0] + refs.rows[row, 0, jnp.maximum(end - 1, 0)]
-        facts = {
-            Field.SEQ: jnp.where(is_item, seq, g.max_tokens),
-            Field.NUM_PAGES: num_pages,
-            Field.LOW: jnp.maximum(unseen - begin * size, 0),
-            Field.HIGH: jnp.where(is_item, context - begin * size, 0),
-            Field.IS_FIRST: (item == 0).astype(jnp.int32),
-            Field.NEW_PAGE: jnp.where(is_last, last_page, -1),
-        }
-        for field, value in facts.items():
-            refs.fields[slot, u, field] = value
-        moved = is_item & is_last
-        seq, item = jnp.where(moved, seq + 1, seq), jnp.where(moved, 0, item + 1)
-    refs.totals[slot], refs.borders[slot] = total, has_border.astype(jnp.int32)
-    return seq, item
+    last_page = refs.counts[0] + refs.rows[row, 0, jnp.maximum(end - 1, 0)]
+    facts = {
+        Field.SEQ: jnp.where(is_item, seq, g.max_tokens),
+        Field.LOW: jnp.maximum(unseen - begin * size, 0),
+        Field.HIGH: jnp.where(is_item, context - begin * size, 0),
+        Field.IS_FIRST: (item == 0).astype(jnp.int32),
+        Field.NEW_PAGE: jnp.where(is_last, last_page, -1),
+    }
+    for field, value in facts.items():
+        refs.fields[slot, u, field] = value
+    has_border = (is_last | (begin * size < unseen)).astype(jnp.int32)
+    refs.totals[slot] = num_pages if u == 0 else refs.totals[slot] + num_pages
+    refs.borders[slot] = has_border if u == 0 else refs.borders[slot] | has_border
+    return jnp.where(is_last, seq + 1, seq), jnp.where(is_last, 0, item + 1)
 
 
 def _wait_pages(plan: Plan, refs: Refs, slot: Scalar) -> None:
@@ -364,8 +359,10 @@ def _facts(plan: Plan, refs: Refs, slot: Scalar) -> list[Facts]:
     ]
 
 
-def _attend(plan: Plan, refs: Refs, weighed: list[Facts], scored: list[Facts]) -> None:
-    """Weighs the values of one group and scores the keys of the next.
+def _attend(
+    plan: Plan, refs: Refs, weighed: list[Facts], scored: list[Facts], cursor: Cursor, fetched: Scalar
+) -> Cursor:
+    """Weighs the values of one group, scores the keys of the next and fetches the one after, item by item in turn.
 
     An item's matmul with keys comes before its counterpart's exponentials, which would leave the matrix units waiting;
     its logits then take their place.
@@ -375,9 +372,11 @@ def _attend(plan: Plan, refs: Refs, weighed: list[Facts], scored: list[Facts]) -
     own_head = _own_head(plan)
     for u in range(g.tiles.items):
         products = _products(plan, refs, scored[u], u)
+        cursor = _fetch(plan, refs, cursor, fetched, u)
         state = _weigh(plan, refs, weighed[u], u, state)
         _store_logits(plan, refs, scored[u], u, products, own_head)
     refs.peak[...], refs.total[...], refs.acc[...] = state
+    return cursor
 
 
 def _weigh(plan: Plan, refs: Refs, facts: Facts, u: int, state: State) -> State:

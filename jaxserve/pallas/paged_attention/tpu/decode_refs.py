@@ -67,14 +67,13 @@ class Field:
     """Where the facts of an item lie; tokens are counted from the item's first."""
 
     SEQ = 0
-    NUM_PAGES = 1
     # tokens [LOW, HIGH) are seen
-    LOW = 2
-    HIGH = 3
-    IS_FIRST = 4
+    LOW = 1
+    HIGH = 2
+    IS_FIRST = 3
     # page of the pool that the new token goes to, -1 in all items but a sequence's last
-    NEW_PAGE = 5
-    COUNT = 6
+    NEW_PAGE = 4
+    COUNT = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,8 +36,10 @@ def tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> pl.MemoryRef:
     swizzle = min(swizzle_of(shape[-1] * dtype.itemsize), 64 * dtype.itemsize)
     if not swizzle:
         return plgpu.SMEM(shape, dtype)
-    transforms = (plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    # Type checkers take JAX's classes for abstract: they inherit a method without a body.
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle)))
 
 
 def load(source: Ref, layout: Layout) -> Array:

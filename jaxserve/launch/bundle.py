@@ -15,7 +15,8 @@ import json
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,27 @@ def require_place(out: Path) -> None:
     """Makes sure that a bundle may be written to a place.
 
     Raises:
-        ConfigError: There is something that is no bundle.
+        ConfigError: There is something that is no bundle, or nothing can be written there.
     """
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and is no bundle; choose another folder.", param="out")
+    with _folder_beside(out):
+        pass
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder for a while, on the file system that a bundle is to be on.
+
+    Raises:
+        ConfigError: It cannot be made or written to.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
+            yield Path(made)
+    except OSError as error:
+        raise ConfigError(f"Cannot write a bundle to {out}: {error.strerror or error}.", param="out") from error
 
 
 def write_bundle(
@@ -199,12 +217,11 @@ def write_bundle(
         The bytes written.
 
     Raises:
-        ConfigError: There is something else in that place.
+        ConfigError: There is something else in that place, or it cannot be written to.
     """
     require_place(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
-        folder = Path(made) / "bundle"
+    with _folder_beside(out) as made:
+        folder = made / "bundle"
         folder.mkdir()
         entries = [_write_entry(folder, program, executable) for program, executable in compiled.items()]
         manifest = {
@@ -219,7 +236,7 @@ def write_bundle(
         if key is not None:
             (folder / SIGNATURE).write_text(_signature(text, key))
         if out.exists():
-            shutil.move(out, Path(made) / "former")
+            shutil.move(out, made / "former")
         folder.rename(out)
     return sum(entry.num_bytes for entry in entries)
 

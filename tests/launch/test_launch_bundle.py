@@ -277,6 +277,12 @@ def test_a_place_that_is_taken_is_refused_before_compiling(tmp_path: Path) -> No
         compile_bundle(str(MODEL), "cpu", tmp_path / "file", settings=SHAPES)
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_compiling(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(ConfigError, match=r"Cannot write a bundle to .*: (File exists|Not a directory)"):
+        compile_bundle(str(MODEL), "cpu", tmp_path / "file" / "out", settings=SHAPES)
+
+
 def test_a_model_is_itself_in_every_form() -> None:
     """A GGUF file keeps 1e-5 as float32; anything else that differs is another model."""
     spec = spec_of("smollm2-135m")

@@ -200,7 +200,8 @@ def _step_table(plan: Plan) -> Table:
         "bound by",
         min_width=_WIDTH,
         box=box.SIMPLE_HEAD,
-        caption="In turn: nothing else is done during exchanges between devices." if exchanging else None,
+        caption="Decode: sequences x tokens of context; prefill: tokens of a prompt."
+        + (" In turn: nothing else is done during exchanges between devices." if exchanging else ""),
     )
     for step in plan.steps:
         parts = [step.seconds, *([step.in_turn_s] if exchanging else []), step.compute_s, step.memory_s]

@@ -7,7 +7,9 @@ prompt against the measured rate of a matmul.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -23,11 +25,15 @@ from jaxserve.bench.device_timer import copy_bandwidth, matmul_rate, time_on_dev
 from jaxserve.bench.kernel_names import CUDNN, DECODES_ONLY, JAX_FLASH, JAX_PAGED, JAX_RAGGED, OURS, PROMPTS_ONLY, XLA
 from jaxserve.bench.kernel_programs import jax_paged, jax_ragged, split_pool
 from jaxserve.bench.kernels import Failure
+from jaxserve.bench.tiled_kernels import tiled_kernel
+from jaxserve.bench.torch_clock import Seconds, torch_kernels
+from jaxserve.bench.tuner import Score
 from jaxserve.core.errors import ConfigError
 from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.api import paged_attention, prepared
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
-from jaxserve.sharding.chips import chip_named
+from jaxserve.pallas.tuning import Tiles
+from jaxserve.sharding.chips import Chip, chip_named
 
 TPU_KINDS: Mapping[str, str] = MappingProxyType(
     {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
@@ -40,6 +46,11 @@ ROTATED_BYTES = 1 << 30
 MAX_STATES = 8
 TIMED_S = 0.04
 """How long the timed calls take if the kernel is as fast as the device; other kernels make a tenth as many calls."""
+
+TUNED_ROUNDS = 10
+"""Calls on each state that are timed for a choice of tiles."""
+
+_LOGGER = logging.getLogger(__name__)
 
 State: TypeAlias = tuple[Array, ...]
 Step: TypeAlias = Callable[[State], State]
@@ -107,28 +118,38 @@ def clock_kernels(
         progress: Told what is being done, how much is done, and how much there is.
     """
     what = f"Timing on {ceilings.device}"
-    makers = [(name, make) for name, make in available(jax.default_backend()).items() if not kernels or name in kernels]
+    platform = jax.default_backend()
+    timers = {name: _by_jax(make) for name, make in available(platform).items()}
+    if platform == "gpu":
+        timers.update(torch_kernels())
     cases = [
-        (name, kernel, make)
+        (name, kernel, timer)
         for name, shape in shapes.items()
-        for kernel, make in makers
-        if kernel not in (PROMPTS_ONLY if shape.is_decode else DECODES_ONLY)
+        for kernel, timer in timers.items()
+        if (not kernels or kernel in kernels) and kernel not in (PROMPTS_ONLY if shape.is_decode else DECODES_ONLY)
     ]
     reports: list[ClockReport | Failure] = []
     progress(what, 0, len(cases))
-    for name, kernel, make in cases:
-        reports.append(_clock(kernel, name, shapes[name], make, ceilings))
+    for name, kernel, timer in cases:
+        reports.append(_clock(kernel, name, shapes[name], timer, ceilings))
         progress(what, len(reports), len(cases))
     return reports
 
 
-def _clock(kernel: str, name: str, shape: AttentionShape, make: Make, ceilings: Ceilings) -> ClockReport | Failure:
+def _by_jax(make: Make) -> Seconds:
+    def seconds(shape: AttentionShape, num_states: int, rounds: int) -> float:
+        step, states = make(shape, num_states)
+        return time_on_device(step, states, rounds)
+
+    return seconds
+
+
+def _clock(kernel: str, name: str, shape: AttentionShape, timer: Seconds, ceilings: Ceilings) -> ClockReport | Failure:
     ideal_s = max(shape.kv_bytes / ceilings.copy_bytes_per_s, shape.flops / ceilings.matmul_flops_per_s)
     num_states = max(2, min(MAX_STATES, math.ceil(ROTATED_BYTES / shape.kv_bytes)))
     num_calls = TIMED_S / ideal_s * (1.0 if kernel == OURS else 0.1)
     try:
-        step, states = make(shape, num_states)
-        seconds = time_on_device(step, states, max(2, round(num_calls / num_states)))
+        seconds = timer(shape, num_states, max(2, round(num_calls / num_states)))
     except Exception as error:  # a kernel that does not compile or run here is a result, not the end of the run
         return Failure(kernel=kernel, shape=name, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
     rates = shape.kv_bytes / seconds, shape.flops / seconds
@@ -152,6 +173,18 @@ def available(platform: str) -> dict[str, Make]:
     raise ConfigError("There is no TPU or GPU here to time kernels on; --topology v6e:2x4 reads their schedules.")
 
 
+def tpu_here() -> Chip:
+    """This machine's TPU.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    kind = jax.devices()[0].device_kind
+    if kind not in TPU_KINDS:
+        raise ConfigError("There is no TPU here to time tiles on; --topology v6e:1x1 reads their schedules.")
+    return chip_named(TPU_KINDS[kind])
+
+
 def _own(backend: Backend) -> Make:
     def make(shape: AttentionShape, num_states: int) -> tuple[Step, list[State]]:
         batch, layer = jax.tree.map(jnp.asarray, (shape.batch(np.random.default_rng(0)), shape.layer()))
@@ -170,8 +203,39 @@ def _own(backend: Backend) -> Make:
     return make
 
 
+def clock_tiles(name: str, shape: AttentionShape, tiles: Tiles) -> Score | None:
+    """A `tuner.Scorer` that times the kernel with these tiles on this machine's TPU.
+
+    Args:
+        name: The problem's.
+        shape: The problem.
+        tiles: Of the kernel that it goes to.
+    """
+    kernel = tiled_kernel(shape)
+    cut = kernel.tiles(**tiles)
+    batch, layer = jax.tree.map(jnp.asarray, (shape.batch(np.random.default_rng(0)), shape.layer()))
+
+    def step(state: State) -> State:
+        q, new, pool, out = state
+        out, pool = kernel.run(q, new, pool, out, batch, layer, config=shape.config, tiles=cut)
+        return out, new, pool, q
+
+    arrays = shape.abstract_arrays()
+    q, pool = arrays["q"], arrays["kv_pages"]
+    structs = {"q": q, "new": jax.ShapeDtypeStruct((q.shape[0], *pool.shape[2:]), pool.dtype), "pool": pool, "out": q}
+    num_states = max(2, min(MAX_STATES, math.ceil(ROTATED_BYTES / shape.kv_bytes)))
+    started = time.monotonic()
+    try:
+        states = [_normal(structs, key) for key in _keys(num_states)]
+        seconds = time_on_device(step, states, TUNED_ROUNDS)
+    except Exception as error:  # tiles that do not compile or run here are a result, not the end of the run
+        _LOGGER.info("%s, %s: %s", name, tiles, f"{error}".splitlines()[0][:300])
+        return None
+    return Score(cost=seconds, bundles=0, compile_s=time.monotonic() - started)
+
+
 def _jax_ragged(shape: AttentionShape, num_states: int) -> tuple[Step, list[State]]:
-    function, _, _ = jax_ragged(shape, chip_named(TPU_KINDS[jax.devices()[0].device_kind]))
+    function, _, _ = jax_ragged(shape, tpu_here())
     batch = jax.tree.map(jnp.asarray, shape.batch(np.random.default_rng(0)))
     structs = {name: each for name, each in shape.abstract_arrays().items() if name in ("q", "kv_pages")}
     return lambda state: (function(state[0], state[1], batch), state[1]), [
@@ -231,8 +295,8 @@ def _split_states(shape: AttentionShape, num_states: int) -> list[State]:
 
 
 def _dense_states(shape: AttentionShape, num_states: int) -> list[State]:
-    if shape.query_tokens != shape.context:
-        raise NotImplementedError("it has no cache")
+    if set(shape.sequences) != {(shape.context, shape.context)}:
+        raise NotImplementedError("it takes whole prompts of one length")
     structs = {name: each for name, each in shape.abstract_arrays().items() if name != "kv_pages"}
     apart = {
         name: jax.ShapeDtypeStruct((shape.num_seqs, shape.query_tokens, *each.shape[1:]), each.dtype)

@@ -11,11 +11,13 @@ JAX_RAGGED = "jax ragged"
 JAX_PAGED = "jax paged"
 JAX_FLASH = "jax flash"
 CUDNN = "cudnn flash"
+TORCH_SDPA = "torch sdpa"
+TORCH_FLASH = "torch flash"
 
 STATIC = (OURS, JAX_RAGGED, JAX_PAGED)
 """Kernels whose schedules are read."""
 
-TIMED = (OURS, XLA, JAX_RAGGED, JAX_PAGED, JAX_FLASH, CUDNN)
+TIMED = (OURS, XLA, JAX_RAGGED, JAX_PAGED, JAX_FLASH, CUDNN, TORCH_SDPA, TORCH_FLASH)
 """Kernels that are timed where there is a device for them."""
 
 ARRAY_SIZE: Mapping[str, int] = MappingProxyType({"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256})

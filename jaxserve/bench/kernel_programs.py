@@ -1,13 +1,13 @@
 """Attention kernels as programs to compile: ours, and the ones JAX ships, on the same problem.
 
-Each comes with the work of one iteration of its KV loop: the bytes of keys and values it fetches, the DMAs that takes,
-and the operations that count. JAX's kernels take the tile sizes that their own tables hold for the chip.
+Each comes with the work of one iteration of its KV loop. JAX's kernels take the tile sizes that their own tables hold
+for the chip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from jaxserve.bench.kernel_names import ARRAY_SIZE, JAX_PAGED, JAX_RAGGED, OURS
-from jaxserve.pallas.dispatch import Backend, Target
-from jaxserve.pallas.paged_attention.api import paged_attention
+from jaxserve.bench.kernel_names import JAX_PAGED, JAX_RAGGED, OURS
+from jaxserve.bench.tiled_kernels import Work, core_of, sizes_of, tiled_kernel
 from jaxserve.pallas.paged_attention.inputs import AttentionLayer, RaggedBatch
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
-from jaxserve.pallas.paged_attention.tpu.prefill_tiles import Core, Sizes
+from jaxserve.pallas.tuning import Tiles
 from jaxserve.sharding.chips import Chip
 
 UNTUNED = (128, 32)
@@ -37,92 +36,42 @@ PAGED_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A kernel lowered for a device, and the work of one iteration of its KV loop.
+    """A kernel lowered for a device.
 
     Attributes:
         lowered: To be compiled.
         kernel: Part of the kernel's name in the compiled program.
-        tile_bytes: Keys and values that an iteration fetches.
-        tile_dmas: DMAs it starts for that.
-        tile_flops: Operations of its two matmuls that count, without padding.
-        hot_trips: Iterations of the loop that multiplies matrices for one tile; 1 if that is the KV loop itself.
-        unpack_trips: Iterations of the loop that puts a tile's keys and values in order, if there is one.
+        work: What one iteration of its KV loop does.
     """
 
     lowered: Any
     kernel: str
-    tile_bytes: int
-    tile_dmas: int
-    tile_flops: float
-    hot_trips: int = 1
-    unpack_trips: int = 0
+    work: Work
 
 
 Lower = Callable[[AttentionShape, Chip, NamedSharding], Program]
 
 
-def lower_jaxserve(shape: AttentionShape, chip: Chip, here: NamedSharding) -> Program:
-    """Our kernel."""
-    arrays = {name: _on(struct, here) for name, struct in shape.abstract_arrays().items()}
+def lower_jaxserve(shape: AttentionShape, chip: Chip, here: NamedSharding, tiles: Tiles | None = None) -> Program:
+    """The one of our kernels that the problem goes to, alone as JAX's are.
+
+    Args:
+        shape: The problem.
+        chip: What kind of device it is.
+        here: Puts an argument on it.
+        tiles: The kernel's tile sizes; those that a call takes if None.
+    """
+    ours = tiled_kernel(shape)
+    cut = ours.choose(sizes_of(shape), core_of(chip)) if tiles is None else ours.tiles(**tiles)
     batch, layer = _abstract((shape.batch(np.random.default_rng(0)), shape.layer()), here)
-    target = Target(platform="tpu", backend=Backend.TPU)
+    q, pool = (_on(shape.abstract_arrays()[name], here) for name in ("q", "kv_pages"))
+    new = _on(jax.ShapeDtypeStruct((q.shape[0], *pool.shape[2:]), pool.dtype), here)
 
-    def run(q: Array, k: Array, v: Array, pool: Array, batch: RaggedBatch, layer: AttentionLayer) -> Any:  # noqa: ANN401 - as the op
-        return paged_attention(q, k, v, pool, batch, layer, config=shape.config, target=target)
+    def run(q: Array, new: Array, pool: Array, out: Array, batch: RaggedBatch, layer: AttentionLayer) -> Any:  # noqa: ANN401 - as the op
+        return ours.run(q, new, pool, out, batch, layer, config=shape.config, tiles=cut)
 
-    lowered = jax.jit(run, donate_argnums=3).lower(*arrays.values(), batch, layer)
-    work = _decode_work if shape.is_decode else _prefill_work
-    return replace(work(shape, chip), lowered=lowered)
-
-
-def _decode_work(shape: AttentionShape, chip: Chip) -> Program:
-    from jaxserve.pallas.paged_attention.tpu.decode_tiles import choose_decode_tiles
-
-    tiles = choose_decode_tiles(_sizes(shape), _core(chip))
-    tokens = tiles.items * tiles.pages * shape.page_size
-    return Program(
-        lowered=None,
-        kernel="paged_attention_decode",
-        tile_bytes=tokens * 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(shape.kv_dtype).itemsize,
-        tile_dmas=tiles.items * tiles.pages,
-        tile_flops=4.0 * shape.num_heads * tokens * shape.head_dim,
-    )
-
-
-def _sizes(shape: AttentionShape) -> Sizes:
-    return Sizes(
-        page_size=shape.page_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        query_dtype=jnp.dtype(shape.dtype),
-        kv_dtype=jnp.dtype(shape.kv_dtype),
-        max_tokens=shape.num_tokens,
-        max_context=shape.pages_per_seq * shape.page_size,
-        sliding_window=None,
-    )
-
-
-def _core(chip: Chip) -> Core:
-    return Core(wide_matmul=ARRAY_SIZE[chip.name] > ARRAY_SIZE["v5e"], vmem_bytes=chip.fast_bytes)
-
-
-def _prefill_work(shape: AttentionShape, chip: Chip) -> Program:
-    from jaxserve.pallas.paged_attention.tpu.prefill_tiles import choose_tiles
-
-    sizes = _sizes(shape)
-    cut = sizes.cut(choose_tiles(sizes, _core(chip)))
-    tokens = min(cut.tiles.query_tokens, shape.query_tokens)
-    units = -(-tokens // cut.tiles.block_tokens) * shape.num_kv_heads
-    return Program(
-        lowered=None,
-        kernel="paged_attention_prefill",
-        tile_bytes=cut.tile_tokens * 2 * shape.num_kv_heads * shape.head_dim * cut.kv_dtype.itemsize,
-        tile_dmas=cut.tiles.pages,
-        tile_flops=4.0 * tokens * shape.num_heads * cut.tile_tokens * shape.head_dim,
-        hot_trips=-(-units // cut.tiles.unroll),
-        unpack_trips=cut.tile_tokens // 16,
-    )
+    lowered = jax.jit(run, donate_argnums=(2, 3)).lower(q, new, pool, q, batch, layer)
+    return Program(lowered=lowered, kernel=ours.compiled_name, work=ours.work(shape, cut))
 
 
 def lower_jax_ragged(shape: AttentionShape, chip: Chip, here: NamedSharding) -> Program:
@@ -137,9 +86,11 @@ def lower_jax_ragged(shape: AttentionShape, chip: Chip, here: NamedSharding) -> 
     return Program(
         lowered=jax.jit(function).lower(q, pool, batch),
         kernel="ragged_paged_attention",
-        tile_bytes=tile * 2 * kv_heads * shape.head_dim * jnp.dtype(shape.kv_dtype).itemsize,
-        tile_dmas=pages,
-        tile_flops=4.0 * useful * heads * tile * shape.head_dim,
+        work=Work(
+            tile_bytes=tile * 2 * kv_heads * shape.head_dim * jnp.dtype(shape.kv_dtype).itemsize,
+            tile_dmas=pages,
+            tile_flops=4.0 * useful * heads * tile * shape.head_dim,
+        ),
     )
 
 
@@ -188,9 +139,11 @@ def lower_jax_paged(shape: AttentionShape, chip: Chip, here: NamedSharding) -> P
     return Program(
         lowered=jax.jit(function).lower(q, pool, pool, batch),
         kernel="paged_attention",
-        tile_bytes=2 * tile * shape.head_dim * dtype.itemsize,
-        tile_dmas=2 * pages,
-        tile_flops=4.0 * (shape.num_heads // shape.num_kv_heads) * tile * shape.head_dim,
+        work=Work(
+            tile_bytes=2 * tile * shape.head_dim * dtype.itemsize,
+            tile_dmas=2 * pages,
+            tile_flops=4.0 * (shape.num_heads // shape.num_kv_heads) * tile * shape.head_dim,
+        ),
     )
 
 
@@ -238,7 +191,7 @@ LOWERINGS: Mapping[str, Lower] = MappingProxyType(
 """Kernels by name."""
 
 
-def lower(kernel: str, shape: AttentionShape, chip: Chip, here: NamedSharding) -> Program:
+def lower(kernel: str, shape: AttentionShape, chip: Chip, here: NamedSharding, tiles: Tiles | None = None) -> Program:
     """Lowers a kernel for a device.
 
     Args:
@@ -246,11 +199,17 @@ def lower(kernel: str, shape: AttentionShape, chip: Chip, here: NamedSharding) -
         shape: The problem.
         chip: What kind of device it is.
         here: Puts an argument on it; its mesh must be JAX's current one.
+        tiles: Tile sizes of ours; None for those that a call takes.
 
     Raises:
         NotImplementedError: It cannot do this.
+        ValueError: JAX's kernels have tiles of their own.
     """
-    return LOWERINGS[kernel](shape, chip, here)
+    if tiles is None:
+        return LOWERINGS[kernel](shape, chip, here)
+    if kernel != OURS:
+        raise ValueError(f"{kernel} is not cut by our tiles")
+    return lower_jaxserve(shape, chip, here, tiles)
 
 
 def _on(struct: jax.ShapeDtypeStruct, here: NamedSharding) -> jax.ShapeDtypeStruct:

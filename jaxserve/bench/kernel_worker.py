@@ -7,7 +7,7 @@ dumps the kernel's schedule where the environment says.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -23,19 +23,20 @@ def compile_kernel(request: dict[str, Any]) -> dict[str, Any]:
     """Compiles what was asked for.
 
     Args:
-        request: `kernel`, `shape` (fields of an AttentionShape), `topology`.
+        request: `kernel`, `shape` (fields of an AttentionShape), `topology`, `tiles` of ours or null.
     """
     topology = parse_topology(request["topology"])
     mesh = make_mesh(devices=abstract_devices(topology)[:1])
     # Pallas asks the current mesh for the TPU's generation.
     jax.set_mesh(mesh)
     shape = AttentionShape(**request["shape"])
-    program = lower(request["kernel"], shape, topology.chip, replicated(mesh))
+    program = lower(request["kernel"], shape, topology.chip, replicated(mesh), request["tiles"])
     started = time.monotonic()
     compiled = program.lowered.compile()
     seconds = time.monotonic() - started
     return {
-        **asdict(replace(program, lowered=None)),
+        "kernel": program.kernel,
+        "work": asdict(program.work),
         "compile_s": seconds,
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }

@@ -8,6 +8,7 @@ For prefill the figure is the share of the chip's peak that the operations that 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +17,13 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxserve.bench.kernel_names import ARRAY_SIZE, DECODES_ONLY
+from jaxserve.bench.kernel_names import ARRAY_SIZE, DECODES_ONLY, OURS
 from jaxserve.bench.schedule import KernelSchedule, Loop, read_kernels
+from jaxserve.bench.tiled_kernels import Work
+from jaxserve.bench.tuner import Score, Scorer
 from jaxserve.core.errors import ConfigError, JaxserveError
 from jaxserve.pallas.paged_attention.shapes import AttentionShape
+from jaxserve.pallas.tuning import Tiles
 from jaxserve.sharding.chips import Chip
 from jaxserve.sharding.topology import Topology, run_deviceless
 
@@ -27,6 +31,8 @@ MATRIX_UNITS = 4
 """Of a core: what the published peaks come to at the clocks the chips have."""
 
 MIB = 1 << 20
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +83,14 @@ class StaticReport:
         useful_fraction: Of peak, operations without padding.
         issued_fraction: Of peak, operations with padding.
         cycles: Of an iteration.
+        border_cycles: Of what the ends of sequences take besides, its share; None if the kernel's are not known.
         dma_starts: Of an iteration.
         loop_spills: Spilled registers stored in an iteration.
         spilled_vectors: In all of the kernel.
         vmem_bytes: Highest byte in use.
         smem_bytes: Highest byte in use.
         temp_bytes: HBM that the program needs besides arguments and results.
+        bundles: Of the kernel's text.
     """
 
     kernel: str
@@ -93,21 +101,36 @@ class StaticReport:
     useful_fraction: float
     issued_fraction: float
     cycles: int
+    border_cycles: float | None
     dma_starts: int
     loop_spills: int
     spilled_vectors: int
     vmem_bytes: int
     smem_bytes: int
     temp_bytes: int
+    bundles: int
 
     @property
     def compute_to_fetch(self) -> float:
         """Time to compute over time to fetch."""
         return self.compute_s / self.fetch_s
 
+    @property
+    def whole_to_fetch(self) -> float | None:
+        """The same with the share of what the ends of sequences take."""
+        if self.border_cycles is None:
+            return None
+        return self.compute_to_fetch * (1 + self.border_cycles / self.cycles)
+
+    @property
+    def time_over_peak(self) -> float:
+        """Time to compute, ends of sequences included, over the time that its operations take at the chip's peak."""
+        return (1 + (self.border_cycles or 0) / self.cycles) / self.useful_fraction
+
     def as_json(self) -> dict[str, object]:
         """All figures."""
-        return {**asdict(self), "compute_to_fetch": self.compute_to_fetch}
+        ratios = {"compute_to_fetch": self.compute_to_fetch, "whole_to_fetch": self.whole_to_fetch}
+        return {**asdict(self), **ratios}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +169,7 @@ def report_kernels(
     Raises:
         ConfigError: The compiler is missing, or the topology is no TPU's.
     """
-    core = Core.of(topology.chip)
+    Core.of(topology.chip)
     what = f"Compiling for {topology}"
     cases = [
         (name, kernel) for name in shapes for kernel in kernels if shapes[name].is_decode or kernel not in DECODES_ONLY
@@ -154,14 +177,29 @@ def report_kernels(
     reports: list[StaticReport | Failure] = []
     progress(what, 0, len(cases))
     for name, kernel in cases:
-        reports.append(_report(topology, core, kernel, name, shapes[name]))
+        reports.append(report_kernel(topology, kernel, name, shapes[name]))
         progress(what, len(reports), len(cases))
     return reports
 
 
-def _report(topology: Topology, core: Core, kernel: str, name: str, shape: AttentionShape) -> StaticReport | Failure:
+def report_kernel(
+    topology: Topology, kernel: str, name: str, shape: AttentionShape, tiles: Tiles | None = None
+) -> StaticReport | Failure:
+    """Compiles a kernel for a problem and reads its schedule.
+
+    Args:
+        topology: What to compile for; one of its devices is used.
+        kernel: Its name.
+        name: The problem's.
+        shape: The problem.
+        tiles: Tile sizes of ours; None for those that a call takes.
+
+    Raises:
+        ConfigError: The compiler is missing, or the topology is no TPU's.
+    """
+    core = Core.of(topology.chip)
     with tempfile.TemporaryDirectory(prefix="jaxserve-schedule-") as folder:
-        request = {"kernel": kernel, "shape": asdict(shape), "topology": str(topology)}
+        request = {"kernel": kernel, "shape": asdict(shape), "topology": str(topology), "tiles": tiles and dict(tiles)}
         variables = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"}
         try:
             answer = run_deviceless(topology, "jaxserve.bench.kernel_worker", request, variables=variables)
@@ -171,6 +209,24 @@ def _report(topology: Topology, core: Core, kernel: str, name: str, shape: Atten
         except (JaxserveError, ValueError) as error:
             return Failure(kernel=kernel, shape=name, reason=str(error))
     return summarise(kernel, name, schedule, answer, core)
+
+
+def score_tiles(topology: Topology) -> Scorer:
+    """A `tuner.Scorer` that reads schedules: time to compute, ends of sequences included.
+
+    Args:
+        topology: What to compile for.
+    """
+
+    def score(name: str, shape: AttentionShape, tiles: Tiles) -> Score | None:
+        report = report_kernel(topology, OURS, name, shape, tiles)
+        if isinstance(report, Failure):
+            _LOGGER.info("%s, %s: %s", name, tiles, report.reason)
+            return None
+        _LOGGER.info("%s, %s: %.3f of peak", name, tiles, 1 / report.time_over_peak)
+        return Score(cost=report.time_over_peak, bundles=report.bundles, compile_s=report.compile_s)
+
+    return score
 
 
 def find_kernel(schedules: Sequence[KernelSchedule], part: str) -> KernelSchedule:
@@ -198,10 +254,11 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
     Raises:
         ValueError: The kernel has no loop that multiplies matrices.
     """
-    hot = schedule.hot_loop if answer["hot_trips"] == 1 else schedule.first_multiplying_loop
+    work = Work(**answer["work"])
+    hot = schedule.hot_loop if work.hot_trips == 1 else schedule.first_multiplying_loop
     if hot is None:
         raise ValueError(f"{schedule.name} has no loop that multiplies matrices")
-    cycles = tile_cycles(schedule, hot, answer)
+    cycles = tile_cycles(schedule, hot, work)
     seconds = cycles / core.cycles_per_s
     issued = hot.mxu_fraction(array_size=core.array_size, flops_per_cycle=core.flops_per_cycle)
     return StaticReport(
@@ -209,20 +266,22 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
         shape=shape,
         compile_s=answer["compile_s"],
         compute_s=seconds,
-        fetch_s=answer["tile_bytes"] / core.bytes_per_s,
-        useful_fraction=answer["tile_flops"] / (cycles * core.flops_per_cycle),
-        issued_fraction=issued * hot.own_cycles * answer["hot_trips"] / cycles,
+        fetch_s=work.tile_bytes / core.bytes_per_s,
+        useful_fraction=work.tile_flops / (cycles * core.flops_per_cycle),
+        issued_fraction=issued * hot.own_cycles * work.hot_trips / cycles,
         cycles=cycles,
-        dma_starts=answer["tile_dmas"],
+        border_cycles=border_cycles(schedule, hot, work) if work.tile_ends else None,
+        dma_starts=work.tile_dmas,
         loop_spills=hot.spill_stores,
         spilled_vectors=schedule.spilled_vectors,
         vmem_bytes=schedule.memory_bytes.get("vmem", 0),
         smem_bytes=schedule.memory_bytes.get("smem", 0),
         temp_bytes=answer["temp_bytes"],
+        bundles=schedule.cycles,
     )
 
 
-def tile_cycles(schedule: KernelSchedule, hot: Loop, answer: Mapping[str, Any]) -> int:
+def tile_cycles(schedule: KernelSchedule, hot: Loop, work: Work) -> int:
     """Cycles of an iteration of the KV loop.
 
     That is the hot loop itself, or the loop around it if a tile takes several iterations of the hot loop. Then the
@@ -232,11 +291,11 @@ def tile_cycles(schedule: KernelSchedule, hot: Loop, answer: Mapping[str, Any]) 
     Args:
         schedule: The kernel.
         hot: Its hot loop.
-        answer: Of `kernel_worker`.
+        work: Of an iteration.
     """
     around = [loop for loop in schedule.loops if loop != hot and loop.start <= hot.start and hot.end <= loop.end]
-    if answer["hot_trips"] == 1 or not around:
-        return hot.steady_cycles(answer["tile_dmas"])
+    if work.hot_trips == 1 or not around:
+        return hot.steady_cycles(work.tile_dmas)
     outer = max(around, key=lambda loop: loop.depth)
     beside = [
         loop for loop in schedule.loops if outer.start < loop.start and loop.end <= outer.end and not loop.matmuls
@@ -250,10 +309,32 @@ def tile_cycles(schedule: KernelSchedule, hot: Loop, answer: Mapping[str, Any]) 
     ]
     return (
         outer.own_cycles
-        + hot.own_cycles * int(answer["hot_trips"])
-        + int(answer["tile_dmas"]) * (max(starts, default=0) + max(waits, default=0))
-        + int(answer["unpack_trips"]) * min(unpacks, default=0)
+        + hot.own_cycles * work.hot_trips
+        + work.tile_dmas * (max(starts, default=0) + max(waits, default=0))
+        + work.unpack_trips * min(unpacks, default=0)
     )
+
+
+def border_cycles(schedule: KernelSchedule, hot: Loop, work: Work) -> float:
+    """Cycles that the ends of sequences take besides, an iteration of the KV loop's share of them.
+
+    They are in loops inside the hot loop: one with branches looks at each item of an iteration that has an end, and its
+    branches run for the items that end a sequence; the others run once a sequence.
+
+    Args:
+        schedule: The kernel.
+        hot: Its hot loop, the KV loop itself.
+        work: Of an iteration.
+    """
+    inside = [loop for loop in schedule.loops if loop.depth == hot.depth + 1 and hot.start <= loop.start <= hot.end]
+    cycles = 0.0
+    for loop in inside:
+        if loop.branches:
+            looked = min(1.0, work.tile_ends) * work.tile_items
+            cycles += looked * loop.least_cycles + work.tile_ends * (loop.own_cycles - loop.least_cycles)
+        else:
+            cycles += work.tile_ends * loop.own_cycles
+    return cycles
 
 
 def table(topology: Topology, reports: Sequence[StaticReport | Failure]) -> Table:
@@ -261,7 +342,7 @@ def table(topology: Topology, reports: Sequence[StaticReport | Failure]) -> Tabl
     grid = Table(title=f"{topology}: an iteration of the KV loop, bfloat16", title_justify="left")
     grid.add_column("problem")
     grid.add_column("kernel")
-    for name in ("compute us", "fetch us", "ratio", "useful", "issued", "spills", "VMEM MiB", "compile s"):
+    for name in ("compute us", "fetch us", "ratio", "whole", "useful", "spills", "DMAs", "VMEM MiB", "compile s"):
         grid.add_column(name, justify="right")
     last = None
     for report in reports:
@@ -269,7 +350,7 @@ def table(topology: Topology, reports: Sequence[StaticReport | Failure]) -> Tabl
             grid.add_section()
         shown, last = "" if report.shape == last else report.shape, report.shape
         if isinstance(report, Failure):
-            grid.add_row(shown, report.kernel, *["-"] * 8)
+            grid.add_row(shown, report.kernel, *["-"] * 9)
             continue
         grid.add_row(
             shown,
@@ -277,9 +358,10 @@ def table(topology: Topology, reports: Sequence[StaticReport | Failure]) -> Tabl
             f"{report.compute_s * 1e6:.2f}",
             f"{report.fetch_s * 1e6:.2f}",
             f"{report.compute_to_fetch:.2f}",
+            "-" if report.whole_to_fetch is None else f"{report.whole_to_fetch:.2f}",
             f"{report.useful_fraction:.2f}",
-            f"{report.issued_fraction:.2f}",
             f"{report.loop_spills}",
+            f"{report.dma_starts}",
             f"{report.vmem_bytes / MIB:.1f}",
             f"{report.compile_s:.1f}",
         )

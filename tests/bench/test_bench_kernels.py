@@ -16,6 +16,7 @@ from jaxserve.bench.kernel_clock import Ceilings, ClockReport, available, clock_
 from jaxserve.bench.kernel_names import JAX_PAGED, OURS, XLA
 from jaxserve.bench.kernels import Core, Failure, StaticReport, find_kernel, report_kernels, summarise, table
 from jaxserve.bench.schedule import Branch, KernelSchedule, Loop
+from jaxserve.bench.tiled_kernels import Work
 from jaxserve.cli import main
 from jaxserve.core.errors import ConfigError
 from jaxserve.pallas.dispatch import Backend
@@ -65,15 +66,12 @@ def schedule(*loops: Loop) -> KernelSchedule:
     )
 
 
-ANSWER = {
-    "compile_s": 2.0,
-    "tile_bytes": 1_000_000,
-    "tile_dmas": 4,
-    "tile_flops": 5e6,
-    "temp_bytes": 0,
-    "hot_trips": 1,
-    "unpack_trips": 0,
-}
+WORK = Work(tile_bytes=1_000_000, tile_dmas=4, tile_flops=5e6)
+ANSWER = {"compile_s": 2.0, "temp_bytes": 0, "kernel": "attention", "work": dataclasses.asdict(WORK)}
+
+
+def answer(**changes: float) -> dict[str, object]:
+    return {**ANSWER, "work": dataclasses.asdict(dataclasses.replace(WORK, **changes))}
 
 
 def test_figures_of_a_kernel_whose_kv_loop_is_one_loop() -> None:
@@ -100,9 +98,30 @@ def test_figures_of_a_kernel_with_loops_inside_its_kv_loop() -> None:
         loop(200, 499, 2, 300, matmuls={"bf16": 8}),
         loop(500, 900, 2, 401, matmuls={"bf16": 8}),
     )
-    answer = {**ANSWER, "hot_trips": 10, "unpack_trips": 5}
-    report = summarise("k", "p", schedule(loop(0, 2000, 0, 100), *inside), answer, CORE)
+    said = answer(hot_trips=10, unpack_trips=5)
+    report = summarise("k", "p", schedule(loop(0, 2000, 0, 100), *inside), said, CORE)
     assert report.cycles == 200 + 10 * 300 + 4 * (21 + 16) + 5 * 31
+    assert report.border_cycles is None
+    assert report.whole_to_fetch is None
+
+
+def test_ends_of_sequences_are_counted_beside_an_iteration() -> None:
+    """Half a sequence ends in an iteration: every other one looks at its 4 items, and every other one has an end."""
+    inside = (
+        loop(10, 24, 1, 15, dma_starts=1),
+        loop(30, 99, 1, 60, least_cycles=20, branches=(Branch(cycles=40, dma_starts=1),)),
+        loop(40, 50, 2, 11),
+    )
+    hot = loop(0, 1999, 0, 1000, matmuls={"bf16": 8}, dma_starts=4)
+    report = summarise("k", "p", schedule(hot, *inside), answer(tile_items=4, tile_ends=0.5), CORE)
+    assert report.cycles == 1000
+    assert report.border_cycles == 0.5 * 15 + 0.5 * 4 * 20 + 0.5 * 40
+    assert report.compute_to_fetch == pytest.approx(1)
+    assert report.whole_to_fetch == pytest.approx(1 + 67.5 / 1000)
+    assert report.time_over_peak == pytest.approx((1000 + 67.5) * 100_000 / 5e6)
+    # Two sequences end in each iteration.
+    often = summarise("k", "p", schedule(hot, *inside), answer(tile_items=4, tile_ends=2.0), CORE)
+    assert often.border_cycles == 2 * 15 + 4 * 20 + 2 * 40
 
 
 def test_a_kernel_without_matmuls_or_of_another_name_is_an_error() -> None:
@@ -141,6 +160,24 @@ def test_problems() -> None:
         "v": (3, 2, 16),
         "kv_pages": (9, 8, 4, 16),
     }
+
+
+def test_ragged_problems() -> None:
+    ragged = DEVICE_SHAPES["prefill ragged"]
+    lengths = ragged.lengths
+    assert (ragged.num_seqs, ragged.query_tokens, ragged.context) == (8, 2048, 7000)
+    assert ragged.num_tokens == sum(new for new, _ in lengths)
+    assert ragged.kv_bytes == sum(context for _, context in lengths) * 2 * 8 * 128 * 2
+    assert ragged.flops == 4 * 32 * 128 * sum(sum(range(c - n + 1, c + 1)) for n, c in lengths)
+    batch = ragged.batch(np.random.default_rng(0))
+    table, starts = np.asarray(batch.page_table), np.asarray(batch.query_starts)
+    used = np.concatenate([table[s, : -(-context // 64)] for s, (_, context) in enumerate(lengths)])
+    assert sorted(used) == list(range(ragged.num_pages))
+    assert starts[-1] == ragged.num_tokens
+    for s, (new, context) in enumerate(lengths):
+        own = slice(starts[s], starts[s + 1])
+        assert np.asarray(batch.positions)[own].tolist() == list(range(context - new, context))
+        assert set(np.asarray(batch.token_seq)[own].tolist()) == {s}
 
 
 @needs_libtpu

@@ -20,7 +20,7 @@ from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLay
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """A uniform batch: every sequence has the same context and the same number of new tokens.
+    """A batch whose sequences all have the same context and the same number of new tokens, unless it is ragged.
 
     Attributes:
         num_heads: N.
@@ -32,6 +32,7 @@ class AttentionShape:
         query_tokens: New tokens of each sequence; 1 is a decode.
         dtype: Of queries, new keys and values, and output.
         kv_dtype: Of the pool.
+        lengths: New tokens and context of each sequence of a ragged batch; then the figures above are the most of any.
     """
 
     num_heads: int
@@ -43,6 +44,12 @@ class AttentionShape:
     query_tokens: int
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
+    lengths: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """New tokens and context of each sequence."""
+        return self.lengths or ((self.query_tokens, self.context),) * self.num_seqs
 
     @property
     def is_decode(self) -> bool:
@@ -52,7 +59,7 @@ class AttentionShape:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.num_seqs * self.query_tokens
+        return sum(new for new, _ in self.sequences)
 
     @property
     def pages_per_seq(self) -> int:
@@ -62,7 +69,7 @@ class AttentionShape:
     @property
     def num_pages(self) -> int:
         """Pages of the pool: each sequence has its own."""
-        return self.num_seqs * self.pages_per_seq
+        return sum(-(-context // self.page_size) for _, context in self.sequences)
 
     @property
     def config(self) -> AttentionConfig:
@@ -73,12 +80,12 @@ class AttentionShape:
     def kv_bytes(self) -> int:
         """Bytes of keys and values that a call must read at least."""
         row = 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.kv_dtype).itemsize
-        return self.num_seqs * self.context * row
+        return sum(context for _, context in self.sequences) * row
 
     @property
     def flops(self) -> float:
         """Operations that a call must do at least: two matmuls over what each token may see."""
-        seen = self.num_seqs * sum(range(self.context - self.query_tokens + 1, self.context + 1))
+        seen = sum(sum(range(context - new + 1, context + 1)) for new, context in self.sequences)
         return 4.0 * seen * self.num_heads * self.head_dim
 
     def arrays(self, rng: np.random.Generator) -> dict[str, jax.Array]:
@@ -101,16 +108,20 @@ class AttentionShape:
 
     def batch(self, rng: np.random.Generator) -> RaggedBatch:
         """The batch, its pages scattered over the pool; numpy arrays, for a jitted function."""
-        seqs, new = self.num_seqs, self.query_tokens
-        table = rng.permutation(self.num_pages).astype(np.int32).reshape(seqs, self.pages_per_seq)
+        new, contexts = (np.array(column, np.int32) for column in zip(*self.sequences, strict=True))
+        pages = -(-contexts // self.page_size)
+        table = np.zeros((self.num_seqs, self.pages_per_seq), np.int32)
+        table[np.arange(self.pages_per_seq) < pages[:, None]] = rng.permutation(self.num_pages)
+        starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        token_seq = np.repeat(np.arange(self.num_seqs, dtype=np.int32), new)
         arrays: dict[str, Any] = {
             "page_table": table,
-            "context_lens": np.full(seqs, self.context, np.int32),
-            "query_starts": np.arange(seqs + 1, dtype=np.int32) * new,
-            "num_seqs": np.array(seqs, np.int32),
-            "num_decodes": np.array(seqs if self.is_decode else 0, np.int32),
-            "positions": np.tile(np.arange(self.context - new, self.context, dtype=np.int32), seqs),
-            "token_seq": np.repeat(np.arange(seqs, dtype=np.int32), new),
+            "context_lens": contexts,
+            "query_starts": starts,
+            "num_seqs": np.array(self.num_seqs, np.int32),
+            "num_decodes": np.array(self.num_seqs if self.is_decode else 0, np.int32),
+            "positions": np.arange(self.num_tokens, dtype=np.int32) + (contexts - new - starts[:-1])[token_seq],
+            "token_seq": token_seq,
         }
         return RaggedBatch(**arrays)
 
@@ -146,6 +157,23 @@ STATIC_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
 )
 """What schedules are read of: 2,048 tokens of context; a decode step of 64 sequences, a 512-token chunk."""
 
+TUNED_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
+    {
+        **STATIC_SHAPES,
+        **{
+            f"prefill {heads},{kv_heads} p64": AttentionShape(
+                num_heads=heads, num_kv_heads=kv_heads, head_dim=128, page_size=64, num_seqs=1, context=2048,
+                query_tokens=512,
+            )
+            for heads, kv_heads in ((32, 8), (8, 1))
+        },
+    }
+)  # fmt: skip
+"""What tiles are tuned for."""
+
+RAGGED = ((2048, 2048), (1024, 5120), (1000, 1000), (512, 4096), (300, 2348), (129, 129), (64, 7000), (17, 530))
+"""New tokens and context of the sequences of a ragged batch: whole prompts, and chunks after what a cache holds."""
+
 DEVICE_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
     {
         "decode 8 x 4k": _decode(32, 8, 64, num_seqs=8, context=4096),
@@ -153,6 +181,16 @@ DEVICE_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
         "prefill 8k": AttentionShape(
             num_heads=32, num_kv_heads=8, head_dim=128, page_size=64, num_seqs=1, context=8192, query_tokens=8192
         ),
+        "prefill ragged": AttentionShape(
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            page_size=64,
+            num_seqs=len(RAGGED),
+            context=max(context for _, context in RAGGED),
+            query_tokens=max(new for new, _ in RAGGED),
+            lengths=RAGGED,
+        ),
     }
 )
-"""What devices are timed on: 32,8 heads, pages of 64; decode steps, and a prompt in one go."""
+"""What devices are timed on: 32,8 heads, pages of 64; decode steps, a prompt in one go, and eight at once."""

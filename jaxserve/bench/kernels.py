@@ -78,6 +78,7 @@ class StaticReport:
         kernel: Its name.
         shape: Name of the problem.
         compile_s: The compiler took.
+        compile_cpu_s: Of processors, all threads together; where others use them, the better figure.
         compute_s: Of issue cycles, a lower bound.
         fetch_s: Of its keys and values at the memory's bandwidth.
         useful_fraction: Of peak, operations without padding.
@@ -96,6 +97,7 @@ class StaticReport:
     kernel: str
     shape: str
     compile_s: float
+    compile_cpu_s: float
     compute_s: float
     fetch_s: float
     useful_fraction: float
@@ -223,7 +225,7 @@ def score_tiles(topology: Topology) -> Scorer:
         if isinstance(report, Failure):
             _LOGGER.info("%s, %s: %s", name, tiles, report.reason)
             return None
-        _LOGGER.info("%s, %s: %.3f of peak", name, tiles, 1 / report.time_over_peak)
+        _LOGGER.info("%s, %s: %.4f of peak", name, tiles, 1 / report.time_over_peak)
         return Score(cost=report.time_over_peak, bundles=report.bundles, compile_s=report.compile_s)
 
     return score
@@ -265,6 +267,7 @@ def summarise(kernel: str, shape: str, schedule: KernelSchedule, answer: Mapping
         kernel=kernel,
         shape=shape,
         compile_s=answer["compile_s"],
+        compile_cpu_s=answer["compile_cpu_s"],
         compute_s=seconds,
         fetch_s=work.tile_bytes / core.bytes_per_s,
         useful_fraction=work.tile_flops / (cycles * core.flops_per_cycle),

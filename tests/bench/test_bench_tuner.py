@@ -118,7 +118,7 @@ def test_the_command_writes_what_schedules_say(
         if tiles["items"] > HEURISTIC.items:
             return Failure(kernel=kernel, shape=name, reason="no room")
         return StaticReport(
-            kernel=kernel, shape=name, compile_s=1.0, compute_s=1.0, fetch_s=1.0,
+            kernel=kernel, shape=name, compile_s=1.0, compile_cpu_s=1.0, compute_s=1.0, fetch_s=1.0,
             useful_fraction=1 / (tiles["pages"] + 1), issued_fraction=1.0, cycles=100, border_cycles=None, dma_starts=1,
             loop_spills=0, spilled_vectors=0, vmem_bytes=0, smem_bytes=0, temp_bytes=0, bundles=1,
         )  # fmt: skip

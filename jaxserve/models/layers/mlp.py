@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -22,9 +21,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Maps each token on its own."""
-        # Rounded once: in bfloat16 each operation would be, which on CPUs takes longer than the operations.
-        gate_up = self.gate_up(x).astype(jnp.float32)
-        return self.down((activate(gate_up[:, 0], self.activation) * gate_up[:, 1]).astype(x.dtype))
+        gate_up = self.gate_up(x)
+        return self.down(activate(gate_up[:, 0], self.activation) * gate_up[:, 1])
 
 
 def activate(x: Float[Array, "T F"], activation: Activation) -> Float[Array, "T F"]:

@@ -22,7 +22,7 @@ KERNEL = "decode"
 SLOTS = 4
 """Iterations whose keys and values have room: one weighs values, one scores keys, two are on their way."""
 
-ITEM_TOKENS = 512
+ITEM_TOKENS = 1024
 """Tokens of an item that the heuristic aims at, unless they make too many columns."""
 
 ITEM_COLUMNS = 4096

@@ -87,6 +87,11 @@ def _around(value: int) -> tuple[int, ...]:
     return (value // 2, value * 2) if value > 1 else (2,)
 
 
+def _below(value: int) -> tuple[int, ...]:
+    """For sizes that may not grow beyond the heuristic's: a context that does not fill a tile pays for all of it."""
+    return (value // 2,) if value > 1 else ()
+
+
 def _decode_work(shape: AttentionShape, tiles: DecodeTiles) -> Work:
     tokens = tiles.items * tiles.pages * shape.page_size
     return Work(
@@ -120,11 +125,10 @@ DECODE = TiledKernel(
     heuristic=decode_tiles.heuristic_decode_tiles,
     fits=decode_tiles.decode_fits,
     work=_decode_work,
-    # Not larger items than the heuristic's: a context that does not fill one pays for all of it.
     steps=MappingProxyType(
         {
             "items": lambda items: tuple(n for n in (items // 2, items - 1, items + 1, items * 2) if n > 0),
-            "pages": lambda pages: (pages // 2,) if pages > 1 else (),
+            "pages": _below,
         }
     ),
 )
@@ -141,7 +145,7 @@ PREFILL = TiledKernel(
     # Not query_tokens and narrow_tokens: what they cost shows at borders, which schedules do not tell apart.
     steps=MappingProxyType(
         {
-            "pages": _around,
+            "pages": _below,
             "block_tokens": _around,
             "unroll": lambda _: (2, 4, 8),
             "packed_rows": lambda _: (8, 16),

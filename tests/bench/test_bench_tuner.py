@@ -60,7 +60,7 @@ def test_the_best_of_fake_scores_is_found() -> None:
 def test_all_that_is_tried_fits() -> None:
     sizes, core = sizes_of(CHUNK), core_of(V6E)
     tried: list[dict[str, Any]] = []
-    tune("prefill", CHUNK, V6E, scorer(lambda tiles: tried.append(tiles) or 1 / (1 + tiles["pages"])))
+    tune("prefill", CHUNK, V6E, scorer(lambda tiles: tried.append(tiles) or 1 / (1 + tiles["unroll"])))
     assert len(tried) > 5
     assert all(PREFILL.fits(sizes, core, PREFILL.tiles(**each)) for each in tried)
 

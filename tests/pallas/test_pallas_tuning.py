@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
+import test_pallas_tpu_decode
+import test_pallas_tpu_prefill
+from paged_attention_cases import Length, Shape, build
 
 from jaxserve.pallas import tuning
+from jaxserve.pallas.paged_attention.inputs import AttentionConfig
 from jaxserve.pallas.paged_attention.tpu import decode_tiles, prefill_tiles
 from jaxserve.pallas.paged_attention.tpu.decode_tiles import DecodeTiles, choose_decode_tiles, heuristic_decode_tiles
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import Core, PrefillTiles, Sizes, choose_tiles, heuristic_tiles
@@ -113,3 +118,39 @@ def test_what_comes_with_the_package(path: Path) -> None:
     for kernel, each in entries:
         assert set(each.tiles) == {field.name for field in fields(classes[kernel])}
         assert each.gain > 1.03
+
+
+PACKAGED = [
+    pytest.param(kernel, problem, each.tiles, id=f"{path.stem} {kernel} {problem}")
+    for path in sorted(tuning.FOLDER.glob("*.json"))
+    for kernel, problems in read_tuned(path.stem).items()
+    for problem, each in problems.items()
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "problem", "tiles"), PACKAGED)
+def test_tiles_that_come_with_the_package_attend_right(kernel: str, problem: str, tiles: dict[str, int]) -> None:
+    """In the interpreter: several sequences, contexts of a tile and a bit, of less, and of exactly one."""
+    match = re.fullmatch(r"(\d+),(\d+) h128 p(\d+) bfloat16 bfloat16", problem)
+    assert match is not None
+    num_heads, num_kv_heads, page_size = map(int, match.groups())
+    tile = tiles["pages"] * page_size
+    contexts = (tile + 100, 70, tile, 2 * tile)
+    new = 1 if kernel == decode_tiles.KERNEL else 48
+    shape = Shape(
+        max_seqs=len(contexts),
+        max_tokens=new * len(contexts),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=128,
+        page_size=page_size,
+        pages_per_seq=2 * tiles["pages"],
+    )
+    lengths = [Length(cached=context - new, new=new) for context in contexts]
+    case = build(shape, lengths, dtype="bfloat16", kv_dtype="bfloat16", seed=4)
+    plain = AttentionConfig(scale=0.2, sliding_window=None, soft_cap=None)
+    if kernel == decode_tiles.KERNEL:
+        test_pallas_tpu_decode.check(case, plain, DecodeTiles(**tiles))
+    else:
+        test_pallas_tpu_prefill.check(case, plain, PrefillTiles(**tiles))  # type: ignore[arg-type]  # JSON's fields

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.batch import StepInput
-from jaxserve.engine.compile import Executables, compile_programs
+from jaxserve.engine.compile import Executables, compile_programs, compiles_at_once
 from jaxserve.engine.programs import Replica, programs
 from jaxserve.models.costs import CostModel, StepShape, device_bytes
 from jaxserve.models.decoder import Blueprint
@@ -105,7 +105,8 @@ def measure_steps(
     wanted = {("decode", buckets.tokens_for(num)) for num, _ in sizes} | {
         ("head", buckets.seqs_for(num)) for num, _ in sizes
     }
-    run = compile_programs([each for each in programs(replica) if each.key in wanted], num_threads=2)
+    at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
+    run = compile_programs([each for each in programs(replica) if each.key in wanted], num_threads=at_once)
     bandwidth = memory_bandwidth()
     device = _Device(replica, params, run)
     return [device.measure(num_seqs, context_len, repeats, bandwidth) for num_seqs, context_len in sizes]

@@ -1,7 +1,9 @@
 """Every program of a replica compiled for a slice that is not here, and what the compiler says of each.
 
-`aot_report` starts a process that can compile for the topology (`sharding.topology.run_deviceless`); this module is
-what runs there, too. The programs are the ones serving would compile, lowered from the same abstract arguments.
+`aot_report` starts processes that can compile for the topology (`sharding.topology.run_deviceless`) and deals the
+programs out to them; this module is what runs there, too. The programs are the ones serving would compile, lowered from
+the same abstract arguments. Processes and not threads, for libtpu 0.0.42 dies when two programs are compiled for a v7x
+at once (`engine.compile.compiles_at_once`), and lowering holds Python's lock.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ from jaxserve.sharding.topology import (
     run_deviceless,
 )
 
-COMPILE_THREADS = 2
+NUM_PROCESSES = 2
+"""How many compile at once; each takes one to two GiB of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +210,22 @@ def aot_report(
         "largest_only": largest_only,
         "offline": offline,
     }
+    parts = NUM_PROCESSES if wanted is None else min(NUM_PROCESSES, max(1, len(wanted)))
+    done = count()  # whose next() no other thread comes between
 
     def told(message: Message) -> None:
-        if progress is not None and "done" in message:
-            progress(f"compile for {topology}", message["done"], message["total"])
+        if progress is not None:
+            progress(f"compile for {topology}", next(done), message["total"])
 
-    told({"done": 0, "total": 1})
-    said = run_deviceless(topology, "jaxserve.launch.aot", request, on_message=told)
-    return AotReport.from_json(said)
+    def compile_part(part: int) -> AotReport:
+        share = {**request, "part": part, "parts": parts}
+        return AotReport.from_json(run_deviceless(topology, "jaxserve.launch.aot", share, on_message=told))
+
+    told({"total": 1})
+    with ThreadPoolExecutor(parts) as pool:
+        first, *others = pool.map(compile_part, range(parts))
+    dealt = zip_longest(first.programs, *(report.programs for report in others))
+    return replace(first, programs=tuple(each for each in chain.from_iterable(dealt) if each is not None))
 
 
 def describe(model: str, topology: Topology, replica: Replica) -> AotReport:
@@ -300,12 +312,11 @@ def _respond(request: Message) -> Message:
     replica, _ = abstract_replica(spec_of(request["model"], offline=request["offline"]), config, topology)
     wanted = largest_keys(replica) if request["largest_only"] else request["wanted"]
     chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        reports = [pool.submit(compile_report, each, replica.mesh) for each in chosen]
-        for done, _ in enumerate(as_completed(reports), start=1):
-            reply({"done": done, "total": len(chosen)})
-    message = describe(request["model"], topology, replica).as_json()
-    return {**message, "programs": [asdict(report.result()) for report in reports]}
+    reports = []
+    for program in chosen[request["part"] :: request["parts"]]:
+        reports.append(asdict(compile_report(program, replica.mesh)))
+        reply({"total": len(chosen)})
+    return {**describe(request["model"], topology, replica).as_json(), "programs": reports}
 
 
 if __name__ == "__main__":

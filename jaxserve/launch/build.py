@@ -27,7 +27,13 @@ from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
-from jaxserve.engine.compile import CompileCounter, Executables, compile_programs, enable_persistent_cache
+from jaxserve.engine.compile import (
+    CompileCounter,
+    Executables,
+    compile_programs,
+    compiles_at_once,
+    enable_persistent_cache,
+)
 from jaxserve.engine.loop import LocalEngine, StepObserver
 from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.programs import Replica, programs
@@ -263,7 +269,8 @@ def _executables(
     replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
 ) -> Executables:
     if bundle is None:
-        return compile_programs(programs(replica), num_threads=2, progress=progress)
+        at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
+        return compile_programs(programs(replica), num_threads=at_once, progress=progress)
     return bundle.load(replica, config, progress=progress)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ResolvedConfig, load
-from jaxserve.engine.compile import compile_programs
+from jaxserve.engine.compile import compile_programs, compiles_at_once
 from jaxserve.engine.programs import programs
 from jaxserve.launch.aot import abstract_replica, config_for
 from jaxserve.launch.build import Progress, plan_replica
@@ -23,8 +23,6 @@ from jaxserve.sharding.topology import Message, answer, parse_topology, reply, r
 
 CPU = "cpu"
 """The topology that stands for this machine's processors."""
-
-COMPILE_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +117,8 @@ def _compile(
         config = config_for(model, settings, slice_)
         replica, resolved = abstract_replica(spec, config, slice_)
         elsewhere = replica.mesh
-    compiled = compile_programs(programs(replica), num_threads=COMPILE_THREADS, mesh=elsewhere, progress=progress)
+    at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
+    compiled = compile_programs(programs(replica), num_threads=at_once, mesh=elsewhere, progress=progress)
     shaping = shape_settings(resolved)
     num_bytes = write_bundle(
         out,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_engine import Compiled, compiled, counting, generate_all, serving, start
 
 from jaxserve.engine.batch import Buckets
-from jaxserve.engine.compile import CompileCounter, compile_programs
+from jaxserve.engine.compile import CompileCounter, compile_programs, compiles_at_once
 from jaxserve.engine.programs import programs
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,11 @@ def test_progress_counts_programs(tiny: Compiled) -> None:
     executables = compile_programs(cheap, num_threads=1, progress=lambda *args: seen.append(args))
     assert list(executables) == [program.key for program in cheap]
     assert seen == [("compile", 1, 2), ("compile", 2, 2)]
+
+
+@pytest.mark.parametrize(("kind", "at_once"), [("TPU7x", 1), ("TPU v6 lite", 2), ("cpu", 2)])
+def test_a_compiler_that_dies_of_company_compiles_alone(kind: str, at_once: int) -> None:
+    assert compiles_at_once(kind) == at_once
 
 
 START = """

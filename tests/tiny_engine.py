@@ -242,5 +242,5 @@ SMALL = replace(CONFIG, max_num_seqs=8, max_num_batched_tokens=32)
 """Fewer programs, for models that a few tests use."""
 
 
-def on_mesh(config: ServeConfig, *, tensor: int, data: int = 1) -> ServeConfig:
-    return replace(config, mesh=MeshShape(tensor=tensor, data=data))
+def on_mesh(config: ServeConfig, *, tensor: int) -> ServeConfig:
+    return replace(config, mesh=MeshShape(tensor=tensor))

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
+
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
     from jaxserve.launch.aot_suite import Case, Outcome
@@ -34,8 +36,6 @@ def add_command(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compiles and checks; 1 if something is wrong."""
-    from rich.console import Console
-
     from jaxserve.launch.aot_suite import default_topologies_dir, read_cases, run_cases
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.telemetry import logging
@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([outcome.as_json() for outcome in outcomes], indent=1))
     else:
-        console = Console(width=None)
-        console.print(_table(outcomes, time.monotonic() - started))
+        terminal = console()
+        terminal.print(_table(outcomes, time.monotonic() - started))
         for outcome in outcomes:
             for problem in outcome.problems:
-                console.print(f"{outcome.case.model} on {outcome.case.topology}: {problem}", markup=False)
+                terminal.print(f"{outcome.case.model} on {outcome.case.topology}: {problem}", markup=False)
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 

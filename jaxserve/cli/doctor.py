@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural
 
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ def _healthy(findings: list[checks.Finding]) -> bool:
 
 
 def _print_table(findings: list[checks.Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -72,7 +72,7 @@ def _print_table(findings: list[checks.Finding]) -> None:
     for finding in findings:
         colour = COLOURS[finding.status]
         table.add_row(Text(finding.status, style=colour), finding.name, Text(finding.found), Text(finding.advice))
-    Console().print(table)
+    console().print(table)
 
 
 if TYPE_CHECKING:

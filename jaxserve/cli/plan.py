@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive, positives
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 from jaxserve.core.errors import ConfigError
@@ -100,8 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
-    from rich.console import Console
-
     from jaxserve.launch.plan import plan
     from jaxserve.launch.plan_report import as_json, tables
     from jaxserve.launch.progress import ProgressDisplay
@@ -127,15 +126,13 @@ def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
             json.dumps(shown[0] if len(shown) == 1 else {"fits": all(p.fits for p in plans), "plans": shown}, indent=2)
         )
     else:
-        console = Console()
+        terminal = console()
         for each in plans:
-            console.print(*tables(each, price_of(arguments.price, each.topology)), sep="\n")
+            terminal.print(*tables(each, price_of(arguments.price, each.topology)), sep="\n")
     return 0 if all(each.fits for each in plans) else 1
 
 
 def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
-    from rich.console import Console
-
     from jaxserve.launch.fit import fit
     from jaxserve.launch.plan_report import fit_json, fit_table
 
@@ -144,7 +141,7 @@ def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
     if arguments.json:
         print(json.dumps(fit_json(arguments.model, candidates, prices), indent=2))
     elif candidates:
-        Console().print(fit_table(arguments.model, workload, candidates, prices))
+        console().print(fit_table(arguments.model, workload, candidates, prices))
     else:
         print(f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer.")
     return 0 if candidates else 1

@@ -39,14 +39,23 @@ class MeshShape:
     """How many ways the model and its traffic are split.
 
     Attributes:
-        data: Replicas that split the sequences.
-        expert: Shards of the experts.
+        data: Replicas that split the sequences; one, for a process serves one replica.
+        expert: Shards of the experts; one, for no model here has experts.
         tensor: Shards of heads, ffn and vocabulary.
+
+    Raises:
+        ValueError: An axis would split nothing, and its devices repeat the same work.
     """
 
     data: int = 1
     expert: int = 1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.data > 1:
+            raise ValueError(f"data={self.data}: a process serves one replica; start more, or use tensor=N")
+        if self.expert > 1:
+            raise ValueError(f"expert={self.expert}: the models served so far have no experts to split; use tensor=N")
 
     @property
     def num_devices(self) -> int:
@@ -78,7 +87,11 @@ class ServeConfig:
     role: str = declare("both", choice("both"), "both prefill and decode in this process")
     host: str = declare("127.0.0.1", str, "address to listen on")
     port: int = declare(8000, integer(0, 65535), "HTTP port; 0 takes a free one")
-    mesh: MeshShape = declare(MeshShape(), MeshShape.parse, "how to split the model, e.g. data=1,tensor=8,expert=1")
+    mesh: MeshShape = declare(
+        MeshShape(),
+        MeshShape.parse,
+        "how to split the model, e.g. tensor=8 (data and expert split nothing yet and must be 1)",
+    )
     dtype: str | None = declare(
         None,
         choice("float32", "bfloat16", "float16"),

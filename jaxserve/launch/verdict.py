@@ -133,10 +133,6 @@ def notes(question: Question) -> Iterator[str]:
         )
     if idle:
         yield f"{idle} of the slice's {topology.num_devices} devices {'is' if idle == 1 else 'are'} left over."
-    if shape.data * shape.expert > 1:
-        yield (
-            f"Nothing is split over data={shape.data} and expert={shape.expert}: those devices repeat the same work."
-        )
     heads = spec.num_kv_heads * kv_repeat(spec.num_heads, spec.num_kv_heads, abstract_mesh(tensor=shape.tensor))
     if heads % shape.tensor:
         yield (

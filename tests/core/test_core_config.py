@@ -78,9 +78,9 @@ class TestLoad:
                 assert load(flags, environ={}) == expected
 
     def test_yaml_values_may_be_yaml(self, tmp_path: Path) -> None:
-        text = "mesh: {tensor: 4, data: 2}\napi_key: [a, b]\nquantization: null\nenable_prefix_caching: no\n"
+        text = "mesh: {tensor: 4, data: 1}\napi_key: [a, b]\nquantization: null\nenable_prefix_caching: no\n"
         config = load({}, file=yaml(tmp_path, text), environ={})
-        assert config.mesh == MeshShape(data=2, tensor=4)
+        assert config.mesh == MeshShape(tensor=4)
         assert (config.api_key, config.quantization, config.enable_prefix_caching) == (("a", "b"), None, False)
 
     def test_auto_can_be_said(self) -> None:
@@ -221,10 +221,15 @@ def test_a_config_is_frozen() -> None:
 
 class TestMeshShape:
     def test_round_trip(self) -> None:
-        shape = MeshShape.parse("tensor=8, data=2")
-        assert shape == MeshShape(data=2, expert=1, tensor=8)
+        shape = MeshShape.parse("tensor=8, data=1")
+        assert shape == MeshShape(tensor=8)
         assert MeshShape.parse(str(shape)) == shape
-        assert shape.num_devices == 16
+        assert shape.num_devices == 8
+
+    @pytest.mark.parametrize("mesh", ["data=2,tensor=8", "expert=2"])
+    def test_axes_that_would_split_nothing_are_refused(self, mesh: str) -> None:
+        with pytest.raises(ConfigError, match=r"mesh.*=2: .*use tensor=N"):
+            load({"mesh": mesh}, environ={})
 
 
 class TestEnvironment:

@@ -144,17 +144,17 @@ def test_salts_do_not_share(tiny: Compiled, alone: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "tensor", "repeat", "split"),
+    ("tensor", "repeat", "split"),
     [
-        pytest.param(1, 2, 1, 2, id="kv heads divide"),
-        pytest.param(1, 4, 2, 4, id="kv heads are repeated"),
-        pytest.param(2, 3, 1, 1, id="heads do not divide"),
+        pytest.param(2, 1, 2, id="kv heads divide"),
+        pytest.param(4, 2, 4, id="kv heads are repeated"),
+        pytest.param(3, 1, 1, id="heads do not divide"),
     ],
 )
-def test_on_a_mesh(alone: Results, data: int, tensor: int, repeat: int, split: int) -> None:
-    model = compiled(config=on_mesh(SMALL, tensor=tensor, data=data))
+def test_on_a_mesh(alone: Results, tensor: int, repeat: int, split: int) -> None:
+    model = compiled(config=on_mesh(SMALL, tensor=tensor))
     mesh, layout = model.replica.mesh, model.replica.layout
-    assert mesh.size == data * tensor
+    assert mesh.size == tensor
     assert kv_repeat(SPEC.num_heads, SPEC.num_kv_heads, mesh) == repeat
     assert layout.num_kv_heads == SPEC.num_kv_heads * repeat
     assert layout.sharding(mesh).shard_shape(layout.shape)[2] == 2 * layout.num_kv_heads // split

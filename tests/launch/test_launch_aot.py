@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,11 +13,15 @@ import pytest
 
 from jaxserve.checkpoint.presets import default_presets_dir, preset_names
 from jaxserve.checkpoint.sources import spec_of
+from jaxserve.cli import main
 from jaxserve.core.errors import ConfigError
 from jaxserve.kv.pool import tiled
+from jaxserve.launch import aot_suite
 from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, optimised_hlo
 from jaxserve.launch.aot_suite import (
     MAX_DECODE_TEMPORARY_BYTES,
+    Case,
+    Outcome,
     default_topologies_dir,
     expected_collectives,
     problems_of,
@@ -218,3 +223,20 @@ def test_a_model_that_is_too_large_is_no_failure(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('{"topology": "v5e:2x4"}')
     with pytest.raises(ConfigError, match='needs "topology"'):
         read_cases(tmp_path)
+
+
+def test_the_command_prints_whole_names_and_fails_on_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def outcomes(cases: list[Case], **kwargs: object) -> Iterator[Outcome]:
+        for case in cases:
+            problems = ("decode 256 needs 99 MiB",) if case.model == "qwen3-0.6b" else ()
+            yield Outcome(case=case, seconds=1.0, weight_bytes=1, report=report_of(DECODE), problems=problems)
+
+    monkeypatch.setattr(aot_suite, "run_cases", outcomes)
+    assert main(["aot", "--only", "tpu7x:2x2x1", "--only", "llama-3.3-70b"]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "70b" in line]
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["tpu7x:2x2x1", "llama-3.3-70b", "1", "0.00", "0.00", "0.00", "1.0", "0.0", "0.0", "0.0 of 96", "1"]
+    assert main(["aot", "--only", "qwen3-0.6b", "--only", "v5e:2x4"]) == 1
+    assert "qwen3-0.6b on v5e:2x4: decode 256 needs 99 MiB" in capsys.readouterr().out

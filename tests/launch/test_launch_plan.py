@@ -323,10 +323,3 @@ def test_heads_are_padded_in_a_tpus_pool() -> None:
     spec, config = spec_of("smollm2-135m"), ServeConfig(model="smollm2-135m")
     assert costs_of(spec, 1, config, "tpu").kv_bytes_per_token == 30 * 8 * 128 * 2
     assert costs_of(spec, 1, config, "gpu").kv_bytes_per_token == 30 * 6 * 64 * 2
-
-
-def test_axes_that_split_nothing_are_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
-    found = plan(LLAMA, parse_topology("v6e:4x4"), LOAD, settings={"mesh": "data=2,tensor=8"})
-    assert found.replicas == 1
-    assert found.notes == ("Nothing is split over data=2 and expert=1: those devices repeat the same work.",)

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, positive, positives
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ def add_command(subjects: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures the host's part of a step, or what many requests leave behind."""
-    from rich.console import Console
-
     from jaxserve.bench.engine import endurance_table, endure, measure_host_time, table
 
     if arguments.requests is not None:
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(result.as_json(), indent=2))
         else:
-            Console().print(endurance_table(result))
+            console().print(endurance_table(result))
         return 0 if result.clean else 1
     results = [
         measure_host_time(number, prompt_tokens=arguments.input_len, output_tokens=arguments.output_len)
@@ -53,5 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"runs": [result.as_json() for result in results]}, indent=2))
     else:
-        Console().print(table(results))
+        console().print(table(results))
     return 0

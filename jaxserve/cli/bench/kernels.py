@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from jaxserve.cli.parsing import Commands
     from jaxserve.pallas.paged_attention.shapes import AttentionShape
-
-TABLE_WIDTH = 120
-"""Columns where there is no terminal."""
 
 
 def add_command(subjects: Commands) -> None:
@@ -64,8 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_static(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from jaxserve.bench.kernel_names import OURS, STATIC
     from jaxserve.bench.kernels import Failure, report_kernels, table
     from jaxserve.launch.progress import ProgressDisplay
@@ -85,17 +80,16 @@ def _run_static(arguments: argparse.Namespace) -> int:
     _write(arguments, text)
     failures = [each for _, reports in runs for each in reports if isinstance(each, Failure)]
     if not arguments.json:
-        console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+        terminal = console()
         for topology, reports in runs:
-            console.print(table(topology, reports))
+            terminal.print(table(topology, reports))
         for each in failures:
-            console.print(f"{each.shape}, {each.kernel}: {each.reason}", style="yellow", markup=False)
+            terminal.print(f"{each.shape}, {each.kernel}: {each.reason}", style="yellow", markup=False)
     return 1 if any(each.kernel == OURS for each in failures) else 0
 
 
 def _run_on_device(arguments: argparse.Namespace) -> int:
     import jax
-    from rich.console import Console
 
     from jaxserve.bench.kernel_clock import Ceilings, available, clock_kernels, table
     from jaxserve.bench.kernel_names import OURS, TIMED
@@ -115,10 +109,10 @@ def _run_on_device(arguments: argparse.Namespace) -> int:
     _write(arguments, text)
     failures = [each for each in reports if isinstance(each, Failure)]
     if not arguments.json:
-        console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
-        console.print(table(ceilings, reports))
+        terminal = console()
+        terminal.print(table(ceilings, reports))
         for each in failures:
-            console.print(f"{each.shape}, {each.kernel}: {each.reason}", style="yellow", markup=False)
+            terminal.print(f"{each.shape}, {each.kernel}: {each.reason}", style="yellow", markup=False)
     return 1 if any(each.kernel == OURS for each in failures) else 0
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, positive, positives
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ def add_command(subjects: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures the steps."""
-    from rich.console import Console
-
     from jaxserve.bench.step import measure_steps, table
     from jaxserve.cli.serve import config_of
     from jaxserve.launch.build import find_model, load_weights, plan_replica
@@ -58,5 +57,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"steps": [each.as_json() for each in times]}, indent=2))
     else:
-        Console().print(table(times))
+        console().print(table(times))
     return 0

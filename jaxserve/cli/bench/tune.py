@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter
 
 if TYPE_CHECKING:
@@ -67,10 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tune_chip(arguments: argparse.Namespace, chip: Chip, score: Scorer, by: str) -> list[Tuning]:
-    from rich.console import Console
-
     from jaxserve.bench.tuner import merged, table, tune
-    from jaxserve.cli.bench.kernels import TABLE_WIDTH, chosen
+    from jaxserve.cli.bench.kernels import chosen
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.pallas.paged_attention.shapes import TUNED_SHAPES
     from jaxserve.pallas.tuning import FOLDER, read_tuned, write_tuned
@@ -87,6 +85,6 @@ def _tune_chip(arguments: argparse.Namespace, chip: Chip, score: Scorer, by: str
                 write_tuned(chip.name, merged(read_tuned(chip.name, folder), tunings, by), folder)
             progress(what, len(tunings), len(shapes))
     if not arguments.json:
-        console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
-        console.print(table(f"{chip.title}: tiles, {by}", tunings))
+        terminal = console()
+        terminal.print(table(f"{chip.title}: tiles, {by}", tunings))
     return tunings

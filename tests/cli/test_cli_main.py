@@ -138,7 +138,9 @@ def test_the_settings_page_is_fresh() -> None:
 
 def test_readme_names_every_command() -> None:
     readme = (ROOT / "README.md").read_text()
-    for command in ("serve", "chat", "pull", "doctor", "bench serve", "bench engine", "version"):
+    commands = "serve chat plan compile aot pull doctor version"
+    benches = "serve engine step kernels tune"
+    for command in (*commands.split(), *(f"bench {name}" for name in benches.split())):
         assert f"`jaxserve {command}" in readme
         with pytest.raises(SystemExit) as left:
             main([*command.split(), "--help"])

@@ -139,7 +139,9 @@ def repeat_kv_heads(path: str, value: np.ndarray, spec: ModelSpec, repeat: int) 
 
 
 def new_runner(model: Compiled) -> DeviceRunner:
-    return DeviceRunner(model.replica, model.params, model.executables)
+    """A runner of its own copy of the parameters, for it takes them."""
+    params = {path: value.copy() for path, value in model.params.items()}
+    return DeviceRunner(model.replica, params, model.executables)
 
 
 def start(

@@ -270,8 +270,8 @@ class ResolvedConfig:
 
 
 def auto_dtype(platform: str, checkpoint_dtype: str) -> str:
-    """What `--dtype auto` means: the checkpoint's own, except where CPUs have no fast arithmetic for it."""
-    return "bfloat16" if platform == "cpu" and checkpoint_dtype == "float16" else checkpoint_dtype
+    """What `--dtype auto` means: the checkpoint's own, but bfloat16 for float16 where there is no arithmetic for it."""
+    return "bfloat16" if platform in ("cpu", "tpu") and checkpoint_dtype == "float16" else checkpoint_dtype
 
 
 def _ladder(smallest: int, largest: int, *, factor: int = 2) -> tuple[int, ...]:

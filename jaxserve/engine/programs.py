@@ -113,7 +113,9 @@ class Replica:
         }
 
     def hold(self, params: Mapping[str, Array], executables: Mapping[Key, Any] | None = None) -> dict[str, Array]:
-        """Loaded parameters as programs take them; the ones passed in are given up.
+        """Loaded parameters as programs take them; those passed in another form are deleted, one by one.
+
+        No device holds more than one of them twice: a model may take more than half of the memory.
 
         Args:
             params: By path.
@@ -122,7 +124,10 @@ class Replica:
         run = executables or {program.key: program.function for program in self.holders()}
         held = dict(params)
         for index, path in enumerate(self.loaded_otherwise()):
-            held[path] = run["hold", index](held[path])
+            loaded, held[path] = held[path], run["hold", index](held[path])
+            # What is written into new memory has not given the old back, and nothing is gained by queueing up more.
+            held[path].block_until_ready()
+            loaded.delete()
         return held
 
     def holders(self) -> list[Program]:

@@ -146,6 +146,10 @@ class TestResolve:
         used = resolved.num_pages * 64 * TPU.kv_bytes_per_token + TPU.weight_bytes
         assert 0.89 * (16 << 30) < used <= 0.9 * (16 << 30)
 
+    @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float16")])
+    def test_float16_checkpoints(self, platform: str, dtype: str) -> None:
+        assert ServeConfig().resolve(replace(TPU, platform=platform, checkpoint_dtype="float16")).dtype == dtype
+
     def test_what_is_said_is_kept(self) -> None:
         asked = ServeConfig(
             dtype="bfloat16",

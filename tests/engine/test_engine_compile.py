@@ -89,6 +89,16 @@ def test_other_shapes_raise_instead_of_compiling(tiny: Compiled) -> None:
         tiny.executables["score", 8](tiny.params, jnp.zeros((9, 64)), jnp.zeros((9,), jnp.int32))
 
 
+def test_no_parameter_is_held_twice(tiny: Compiled) -> None:
+    """Those that programs take in another form are given up; a model may fill more than half of the memory."""
+    loaded = {path: value.copy() for path, value in tiny.params.items()}
+    held = tiny.replica.hold(loaded, tiny.executables)
+    otherwise = set(tiny.replica.loaded_otherwise())
+    assert otherwise
+    assert {path for path, value in loaded.items() if value.is_deleted()} == otherwise
+    assert not any(value.is_deleted() for value in held.values())
+
+
 def test_progress_counts_programs(tiny: Compiled) -> None:
     seen: list[tuple[str, int, int]] = []
     cheap = [program for program in programs(tiny.replica) if program.key[0] in {"admit", "copy_pages"}]

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32, Shaped
 
+from jaxserve.pallas.hopper import require_hopper
 from jaxserve.pallas.page_copy.moves import CopyLayout, PagePairs
 
 Ref: TypeAlias = Any
@@ -41,6 +42,7 @@ def copy_gpu(
     layout: CopyLayout,
 ) -> Shaped[Array, "B page_size K2 H"]:
     """See `api`; `source` None reads from the target."""
+    require_hopper()
     num_rows, width, piece = _pieces(math.prod(target.shape[1:]), target.dtype.itemsize)
     written = jax.new_ref(target.reshape(-1, num_rows, width))
     pages = (written,) if source is None else (source.reshape(-1, num_rows, width), written)

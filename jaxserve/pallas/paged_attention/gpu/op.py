@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxserve.pallas.hopper import require_hopper
 from jaxserve.pallas.paged_attention.cache import write_pages
 from jaxserve.pallas.paged_attention.gpu.support import check_support
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
-
-COMPUTE_CAPABILITY = "9.0"
-"""The chips that have wgmma: H100, H200, GH200."""
 
 
 def paged_attention_gpu(
@@ -29,7 +27,7 @@ def paged_attention_gpu(
     config: AttentionConfig,
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
-    _check_chip()
+    require_hopper()
     check_support(q, kv_pages)
     # Imported here, for Mosaic GPU takes a while that no other start should pay.
     from jaxserve.pallas.paged_attention.gpu.decode import attend_decodes
@@ -41,12 +39,3 @@ def paged_attention_gpu(
     out = jnp.pad(decoded, ((0, q.shape[0] - decoded.shape[0]), (0, 0), (0, 0)))
     with jax.named_scope("prefill"):
         return attend_chunks(q, kv_pages, batch, layer, config, out), kv_pages
-
-
-def _check_chip() -> None:
-    """Refuses GPUs that are there and are not Hopper's; without any, the program is for another machine."""
-    if jax.default_backend() != "gpu":
-        return
-    found = str(jax.local_devices()[0].compute_capability)
-    if found != COMPUTE_CAPABILITY:
-        raise NotImplementedError(f"the kernel needs compute capability {COMPUTE_CAPABILITY}, not {found}")

@@ -27,6 +27,8 @@ def paged_attention_tpu(
     config: AttentionConfig,
 ) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
     """See `api.paged_attention`."""
+    if jnp.float16 in (q.dtype, kv_pages.dtype):
+        raise NotImplementedError("TPUs have no arithmetic for float16")
     num_tokens, num_kv_heads, head_dim = k.shape
     # A pool held as bits is a CPU's, in the interpreter; kernels read the floats that it means.
     held, kv_pages = kv_pages.dtype, from_storage(kv_pages)

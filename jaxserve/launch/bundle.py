@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import pickle
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ from jaxserve.models.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,7 +263,8 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
 
     Args:
         folder: The bundle.
-        key: What its manifest must be signed with, or None to ask for no signature.
+        key: What its manifest must be signed with, or None to ask for no signature; one that is there is then not
+            checked, and a warning says so.
 
     Raises:
         ConfigError: It is no bundle, of another format, or not signed with this key.
@@ -275,6 +279,8 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
         ) from (error)
     if key is not None and not hmac.compare_digest(signature.strip(), _signature(text, key).encode()):
         raise ConfigError(f"{folder} is not signed with the key given.", param="bundle_key")
+    if key is None and (folder / SIGNATURE).exists():
+        logger.warning("%s is signed, but no bundle key is given: its signature is not checked", folder)
     try:
         return _bundle(folder, json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -288,7 +294,7 @@ def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
     origin = manifest["origin"]
     if origin["format"] != FORMAT:
         raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}.", param="bundle")
-    for name in ("flags", "token_buckets", "seq_buckets"):
+    for name in ("flags", "jax_settings", "token_buckets", "seq_buckets"):
         origin[name] = tuple(origin[name])
     parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
     for name, value in manifest["settings"].items():

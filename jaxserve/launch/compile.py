@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
+
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ResolvedConfig, load
+from jaxserve.core.errors import ConfigError
 from jaxserve.engine.compile import compile_programs, compiles_at_once
 from jaxserve.engine.programs import programs
 from jaxserve.launch.aot import abstract_replica, config_for
@@ -102,6 +105,21 @@ def shape_settings(resolved: ResolvedConfig) -> dict[str, str]:
     }
 
 
+def processors() -> list[jax.Device]:
+    """This machine's processors as JAX's devices, also where it has a GPU or a TPU.
+
+    Raises:
+        ConfigError: JAX has been told to leave them out.
+    """
+    try:
+        return jax.devices(CPU)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"JAX may not use the processors here ({error}); unset JAX_PLATFORMS, or let it name cpu, too.",
+            param="topology",
+        ) from error
+
+
 def _compile(
     model: str, topology: str, out: Path, settings: Mapping[str, str], key: Path | None, progress: Progress | None
 ) -> Written:
@@ -110,7 +128,7 @@ def _compile(
     if topology == CPU:
         config = load({**settings, "model": model}, environ={})
         shape, elsewhere = config.mesh, None
-        mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
+        mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor, devices=processors())
         replica, resolved = plan_replica(config, spec, mesh)
     else:
         slice_ = parse_topology(topology)

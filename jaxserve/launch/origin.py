@@ -8,20 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import variables
+from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import Replica
 from jaxserve.models.spec import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 
 _SHAPING_PACKAGES = ("engine", "kv", "models", "pallas", "quant", "sampling", "sharding")
+_SHAPING_FILES = (".py", ".json")
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # These change what is seen or printed, not what is compiled. JAX itself adds the last one where there is a TPU; libtpu
 # makes the same executable with it and without.
@@ -29,6 +35,24 @@ _HARMLESS_FLAGS = (
     *("--xla_dump", "--xla_force_host_platform_device_count"),
     "--xla_tpu_use_enhanced_launch_barrier",
 )
+_JAX_SETTINGS = (
+    *("jax_enable_x64", "jax_explicit_x64_dtypes", "jax_default_matmul_precision", "jax_allow_f16_reductions"),
+    *("jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering"),
+    *(
+        "jax_random_seed_offset",
+        "jax_high_dynamic_range_gumbel",
+        "jax_accurate_erf_inv",
+        "jax_use_hlo_logistic_lowering",
+    ),
+    *("jax_use_shardy_partitioner", "jax_optimization_level", "jax_exec_time_optimization_effort"),
+    *("jax_memory_fitting_level", "jax_memory_fitting_effort", "jax_disable_most_optimizations"),
+    *("jax_compiler_enable_remat_pass", "jax_xla_profile_version", "jax_enable_pgle"),
+    *("jax_pallas_enable_debug_checks", "jax_pallas_poison_buffers", "jax_mosaic_allow_hlo"),
+)
+"""What JAX can be told, by its own variables or in code, that changes programs; not every version has every one."""
+
+_COMPILERS = {"tpu": ("libtpu", "libtpu-nightly"), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}
+"""Packages that compile for a platform, where jaxlib does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +65,11 @@ class Origin:
         code: Digest of the sources that programs are made of.
         jax: Version of jax.
         jaxlib: Version of jaxlib.
-        compiler: Version of libtpu or of the CUDA plugin, None on CPUs.
+        compiler: Name and version of libtpu or of the CUDA plugin, None on CPUs.
         flags: What the compiler was told through the environment.
+        jax_settings: What JAX was told that changes programs.
         device_kind: JAX's name of the device.
+        places: Where in the slice each device of the mesh is, None where devices have no places.
         model: Digest of the model's spec.
         mesh: Sizes of the mesh axes.
         dtype: Of activations and unquantised weights.
@@ -64,7 +90,9 @@ class Origin:
     jaxlib: str
     compiler: str | None
     flags: tuple[str, ...]
+    jax_settings: tuple[str, ...]
     device_kind: str
+    places: str | None
     model: str
     mesh: Mapping[str, int]
     dtype: str
@@ -85,12 +113,14 @@ class Origin:
         return cls(
             format=FORMAT,
             jaxserve=version("jaxserve"),
-            code=_code_digest(),
+            code=code_digest(Path(__file__).resolve().parents[1]),
             jax=version("jax"),
             jaxlib=version("jaxlib"),
-            compiler=_compiler(device.platform),
+            compiler=compiler_of(device.platform),
             flags=compiler_flags(variables()),
+            jax_settings=jax_settings(jax.config.values),
             device_kind=device.device_kind,
+            places=places(replica.mesh),
             model=spec_digest(replica.blueprint.spec),
             mesh=dict(replica.mesh.shape),
             dtype=replica.blueprint.dtype.name,
@@ -112,17 +142,27 @@ class Origin:
         """
         pairs = ((name.name, vars(self)[name.name], here[name.name]) for name in fields(self) if name.name in here)
         return [
-            f"{_WORDS.get(name, name)} {_as_text(was)} (here {_as_text(now)})" for name, was, now in pairs if was != now
+            f"{_WORDS.get(name, name)} {_as_text(was, now)} (here {_as_text(now, was)})"
+            for name, was, now in pairs
+            if was != now
         ]
 
 
-_WORDS = {"code": "jaxserve's sources", "flags": "compiler flags", "model": "another model, whose spec is"}
+_WORDS = {
+    "code": "jaxserve's sources",
+    "flags": "compiler flags",
+    "jax_settings": "JAX's settings",
+    "model": "another model, whose spec is",
+    "places": "devices at",
+}
 """What differences call a field, where its name says little."""
 
 
-def _as_text(value: object) -> str:
+def _as_text(value: object, other: object) -> str:
+    """A value as a difference shows it: of flags and settings only those that the other side has not."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
+        shared = {each for each in value if isinstance(each, str)} & set(other if isinstance(other, tuple) else ())
+        return ",".join(str(each) for each in value if each not in shared) or "none"
     return ",".join(f"{name}={size}" for name, size in value.items()) if isinstance(value, Mapping) else str(value)
 
 
@@ -145,25 +185,60 @@ def cpu_features(replica: Replica) -> tuple[str, ...]:
     return ()
 
 
-def _code_digest() -> str:
-    """Digest of the sources that programs are made of."""
+def code_digest(package: Path) -> str:
+    """Digest of the sources that programs are made of, tuned tile sizes among them.
+
+    Args:
+        package: The folder of jaxserve's packages.
+    """
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parents[1]
     for name in _SHAPING_PACKAGES:
-        for path in sorted((package / name).rglob("*.py")):
-            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+        for path in sorted((package / name).rglob("*")):
+            if path.suffix in _SHAPING_FILES:
+                digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compiler(platform: str) -> str | None:
-    """Version of what compiles for a platform outside jaxlib."""
-    package = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt"}.get(platform)
-    if package is None:
+def compiler_of(platform: str) -> str | None:
+    """Name and version of what compiles for a platform, None if that is jaxlib.
+
+    Raises:
+        ConfigError: None of the packages is installed that are known to, so that nobody can say what it is.
+    """
+    packages = _COMPILERS.get(platform)
+    if packages is None:
         return None
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+    found = []
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    if not found:
+        raise ConfigError(
+            f"Cannot tell the version of the compiler for {platform}, which a bundle depends on: none of "
+            f"{', '.join(packages)} is installed. Install one, or serve without --bundle.",
+            param="bundle",
+        )
+    return ", ".join(found)
+
+
+def places(mesh: Mesh) -> str | None:
+    """Where in its slice each device of a mesh is, in the order of the mesh; None for devices without places.
+
+    Chips of a TPU talk to their neighbours, so an executable for 2x4 chips is not one for 8x1.
+    """
+    devices: list[Any] = list(mesh.devices.flat)
+    if devices[0].platform != "tpu":
+        return None
+    return " ".join(f"{','.join(map(str, device.coords))}/{device.core_on_chip}" for device in devices)
+
+
+def jax_settings(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Those of JAX's settings that change executables, as text; a version of JAX does not have every one.
+
+    Args:
+        values: All settings, by name.
+    """
+    return tuple(f"{name}={values[name]}" for name in _JAX_SETTINGS if name in values)
 
 
 def compiler_flags(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -9,15 +9,19 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
 from jaxserve.checkpoint.sources import load_spec, resolve_source, spec_of
 from jaxserve.core.config import MeshShape, ServeConfig, load
 from jaxserve.core.errors import ConfigError
+from jaxserve.engine.programs import Key
+from jaxserve.launch import origin
 from jaxserve.launch.build import Model, build_engine, plan_replica
 from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, write_bundle
 from jaxserve.launch.compile import compile_bundle
@@ -40,6 +44,8 @@ monitoring.register_event_duration_secs_listener(listen)
 from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
 from jaxserve.checkpoint.sources import load_spec, resolve_source
 from jaxserve.core.config import load
+from jaxserve.engine.programs import Key
+from jaxserve.launch import origin
 from jaxserve.launch.build import Model, build_engine
 from tiny_engine import generate_all, tokens_by_index
 from engine_conformance import make_request
@@ -149,6 +155,7 @@ def test_other_settings_are_refused(folder: Path, settings: dict[str, Any], mess
         ("compiler", "0.0.1", "compiler 0.0.1"),
         ("code", "0", "jaxserve's sources 0"),
         ("flags", ("--xla_a=0", "--xla_b"), "compiler flags --xla_a=0,--xla_b (here none)"),
+        ("places", "0,0,0/0 1,0,0/0", "devices at 0,0,0/0 1,0,0/0 (here None)"),
         ("device_kind", "TPU v6 lite", "device_kind TPU v6 lite (here cpu)"),
         ("model", "0", "another model, whose spec is 0"),
         ("mesh", {"tensor": 2}, "mesh tensor=2 (here data=1,expert=1,tensor=1)"),
@@ -161,6 +168,77 @@ def test_another_origin_is_refused_by_name(folder: Path, name: str, value: Any, 
     other = replace(bundle, origin=replace(bundle.origin, **{name: value}))
     with pytest.raises(ConfigError, match=f"was compiled for {re.escape(words)}"):
         load_here(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax_default_matmul_precision", "float32"), ("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")],
+)
+def test_settings_of_jax_that_change_programs_are_refused_by_name(folder: Path, name: str, value: object) -> None:
+    bundle, before = open_bundle(folder), jax.config.values[name]
+    config = bundle.adopt(ServeConfig(model=str(MODEL)))
+    replica, _ = plan_replica(config, spec_of(str(MODEL)), make_mesh())
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(ConfigError, match=rf"for JAX's settings {name}={before} \(here {name}={value}\)\. "):
+            bundle.load(replica, config)
+    finally:
+        jax.config.update(name, before)
+
+
+def test_what_compiles_is_known_by_package_and_version_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nightly builds of libtpu and plugins for CUDA 12 are packages of other names."""
+    installed: dict[str, str] = {}
+
+    def version_of(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(origin, "version", version_of)
+    assert origin.compiler_of("cpu") is None
+    with pytest.raises(ConfigError, match="none of libtpu, libtpu-nightly is installed"):
+        origin.compiler_of("tpu")
+    installed |= {"libtpu-nightly": "0.1.dev1", "jax-cuda12-pjrt": "0.10.2"}
+    assert origin.compiler_of("tpu") == "libtpu-nightly 0.1.dev1"
+    assert origin.compiler_of("gpu") == "jax-cuda12-pjrt 0.10.2"
+
+
+def test_sources_are_programs_and_tuned_tiles(tmp_path: Path) -> None:
+    tuned, code = tmp_path / "pallas" / "tuned" / "v6e.json", tmp_path / "models" / "layers.py"
+    for path in (tuned, code):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    digests = {origin.code_digest(tmp_path)}
+    for path in (tuned, code):
+        path.write_text("2")
+        digests.add(origin.code_digest(tmp_path))
+    assert len(digests) == 3
+    (tmp_path / "models" / "layers.cpython-311.pyc").write_text("1")
+    assert origin.code_digest(tmp_path) in digests
+
+
+def test_processors_are_compiled_for_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = jax.devices
+
+    def devices(platform: str | None = None) -> list[jax.Device]:
+        assert platform == "cpu", "whoever does not ask for processors gets the GPU"
+        return real("cpu")
+
+    def compiled(*args: object, **kwargs: object) -> dict[Key, Any]:
+        return {}
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr("jaxserve.launch.compile.compile_programs", compiled)
+    compile_bundle(str(MODEL), "cpu", tmp_path / "out", settings=SHAPES)
+    assert open_bundle(tmp_path / "out").origin.device_kind == "cpu"
+
+    def left_out(platform: str | None = None) -> list[jax.Device]:
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", left_out)
+    with pytest.raises(ConfigError, match=r"may not use the processors here .* unset JAX_PLATFORMS"):
+        compile_bundle(str(MODEL), "cpu", tmp_path / "another", settings=SHAPES)
 
 
 def test_another_model_or_device_is_refused_before_shapes_are_made_for_it(folder: Path) -> None:
@@ -258,16 +336,28 @@ def test_signatures(folder: Path, tmp_path: Path) -> None:
         read_key(tmp_path / "empty")
 
 
+def test_a_signature_that_nobody_checks_is_worth_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_bundle(folder, b"a secret")
+    unsigned = copy(folder, tmp_path / "unsigned")
+    (unsigned / "manifest.sig").unlink()
+    open_bundle(unsigned)
+    assert caplog.messages == []
+    open_bundle(folder)
+    assert caplog.messages == [f"{folder} is signed, but no bundle key is given: its signature is not checked"]
+
+
 def test_a_bundle_replaces_a_bundle_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    origin: Origin = open_bundle(folder).origin
+    made_for: Origin = open_bundle(folder).origin
     out = copy(folder, tmp_path / "out")
-    write_bundle(out, {}, topology="cpu", origin=origin, settings={})
+    write_bundle(out, {}, topology="cpu", origin=made_for, settings={})
     assert [path.name for path in out.iterdir()] == [MANIFEST]
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("words")
     with pytest.raises(ConfigError, match="is no bundle; choose another"):
-        write_bundle(precious, {}, topology="cpu", origin=origin, settings={})
+        write_bundle(precious, {}, topology="cpu", origin=made_for, settings={})
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

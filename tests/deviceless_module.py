@@ -10,7 +10,7 @@ from jaxserve.sharding.topology import abstract_devices, answer, parse_topology,
 def count(request: dict[str, Any]) -> dict[str, Any]:
     reply({"progress": 1})
     devices = abstract_devices(parse_topology(request["topology"]))
-    return {"devices": len(devices), "platform": devices[0].platform}
+    return {"devices": len(devices), "kind": devices[0].device_kind}
 
 
 if __name__ == "__main__":

@@ -54,16 +54,6 @@ class PoolLayout:
         """[L * num_pages, page_size, 2K, H]."""
         return (self.num_layers * self.num_pages, self.page_size, 2 * self.num_kv_heads, self.head_dim)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values a token takes, over all layers and devices."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole pool, over all devices."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """Each device holds its KV heads of every page."""
         return sharding_for(POOL_AXES, (*self.shape[:2], self.num_kv_heads, self.head_dim), mesh)

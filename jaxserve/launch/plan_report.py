@@ -53,6 +53,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "model": plan.model,
         "topology": str(plan.topology),
         "chips": plan.topology.num_chips,
+        "node_selector": dict(plan.topology.node_selector),
         "fits": plan.fits,
         "answer": plan.sentence,
         "notes": list(plan.notes),
@@ -97,6 +98,7 @@ def fit_json(model: str, candidates: Sequence[Candidate], prices: Sequence[float
             {
                 "topology": str(each.topology),
                 "chips": each.topology.num_chips,
+                "node_selector": dict(each.topology.node_selector),
                 "shards": each.tensor,
                 "replicas": each.replicas,
                 "weight_bytes": each.weight_bytes,

@@ -45,13 +45,13 @@ class Chip:
     Attributes:
         name: As topologies call it.
         title: As its maker calls it.
+        device_kind: As JAX calls it, which takes the name from the driver.
         platform: JAX's name of its kind, "tpu" or "gpu".
         hbm_bytes: Memory.
         hbm_bytes_per_s: Its bandwidth.
         flops_per_s: Dense operations a second, by number format of the operands.
         links: What connects it with others.
         fast_bytes: VMEM of a TensorCore, or shared memory a block can have.
-        scalar_bytes: SMEM of a TensorCore, 0 on GPUs.
         cores: TensorCores or streaming multiprocessors.
         devices_per_chip: JAX devices a chip is.
         gke_accelerator: Value of the node selector `cloud.google.com/gke-tpu-accelerator`, None off GKE's TPUs.
@@ -61,13 +61,13 @@ class Chip:
 
     name: str
     title: str
+    device_kind: str
     platform: str
     hbm_bytes: int
     hbm_bytes_per_s: float
     flops_per_s: Mapping[str, float]
     links: Links
     fast_bytes: int
-    scalar_bytes: int
     cores: int
     devices_per_chip: int
     gke_accelerator: str | None
@@ -102,13 +102,13 @@ _CHIPS = (
     Chip(
         name="v4",
         title="TPU v4",
+        device_kind="TPU v4",
         platform="tpu",
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1228e9,
         flops_per_s=_flops(275e12, int8=275e12, float32=275e12 / 6),
         links=_grid(3, 50e9),
         fast_bytes=16 << 20,
-        scalar_bytes=1 << 20,
         cores=2,
         devices_per_chip=1,
         gke_accelerator="tpu-v4-podslice",
@@ -118,13 +118,13 @@ _CHIPS = (
     Chip(
         name="v5e",
         title="TPU v5e",
+        device_kind="TPU v5 lite",
         platform="tpu",
         hbm_bytes=16 * GIB,
         hbm_bytes_per_s=820e9,
         flops_per_s=_flops(197e12, int8=394e12, float32=197e12 / 6),
         links=_grid(2, 50e9),
         fast_bytes=128 << 20,
-        scalar_bytes=1 << 20,
         cores=1,
         devices_per_chip=1,
         gke_accelerator="tpu-v5-lite-podslice",
@@ -134,13 +134,13 @@ _CHIPS = (
     Chip(
         name="v5p",
         title="TPU v5p",
+        device_kind="TPU v5",
         platform="tpu",
         hbm_bytes=95 * GIB,
         hbm_bytes_per_s=2765e9,
         flops_per_s=_flops(459e12, int8=918e12, float32=459e12 / 6),
         links=_grid(3, 100e9),
         fast_bytes=64 << 20,
-        scalar_bytes=1 << 20,
         cores=2,
         devices_per_chip=1,
         gke_accelerator="tpu-v5p-slice",
@@ -150,13 +150,13 @@ _CHIPS = (
     Chip(
         name="v6e",
         title="TPU v6e (Trillium)",
+        device_kind="TPU v6 lite",
         platform="tpu",
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1640e9,
         flops_per_s=_flops(918e12, int8=1836e12, float32=918e12 / 6),
         links=_grid(2, 100e9),
         fast_bytes=128 << 20,
-        scalar_bytes=1 << 20,
         cores=1,
         devices_per_chip=1,
         gke_accelerator="tpu-v6e-slice",
@@ -166,13 +166,13 @@ _CHIPS = (
     Chip(
         name="tpu7x",
         title="TPU v7x (Ironwood)",
+        device_kind="TPU7x",
         platform="tpu",
         hbm_bytes=96 * GIB,
         hbm_bytes_per_s=3690e9,
         flops_per_s=_flops(1153e12, fp8=2307e12, float32=1153e12 / 6),
         links=_grid(3, 100e9, die_bytes_per_s=600e9),
         fast_bytes=64 << 20,
-        scalar_bytes=1 << 20,
         cores=1,
         devices_per_chip=2,
         gke_accelerator="tpu7x",
@@ -182,13 +182,13 @@ _CHIPS = (
     Chip(
         name="h100",
         title="NVIDIA H100 SXM",
+        device_kind="NVIDIA H100 80GB HBM3",
         platform="gpu",
         hbm_bytes=80 * 10**9,
         hbm_bytes_per_s=3350e9,
         flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
         links=_NVLINK4,
         fast_bytes=227 * KIB,
-        scalar_bytes=0,
         cores=132,
         devices_per_chip=1,
         gke_accelerator=None,
@@ -198,13 +198,13 @@ _CHIPS = (
     Chip(
         name="h200",
         title="NVIDIA H200 SXM",
+        device_kind="NVIDIA H200",
         platform="gpu",
         hbm_bytes=141 * 10**9,
         hbm_bytes_per_s=4800e9,
         flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
         links=_NVLINK4,
         fast_bytes=227 * KIB,
-        scalar_bytes=0,
         cores=132,
         devices_per_chip=1,
         gke_accelerator=None,

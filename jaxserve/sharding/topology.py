@@ -34,6 +34,7 @@ _ERROR = "jaxserve_error"
 _CHIPS_PER_HOST = 4
 _POD_SIDE = 16
 _CUBE_SIDE = 4
+_GKE = "cloud.google.com/gke-tpu"
 
 HOPPER = """
 gpu_device_info {{
@@ -58,9 +59,13 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
-device_description_str: "{title}"
+device_description_str: "{kind}"
 """
-"""XLA's description of a Hopper GPU (`GpuTargetConfigProto`), which it needs to compile without one."""
+"""XLA's description of a Hopper GPU (`GpuTargetConfigProto`), which it needs to compile without one.
+
+The last line becomes JAX's name of the device, and executables are loaded only where the name is the same: 9.0 alone,
+which is all that XLA looks at, would let a program laid out for 132 cores into a GPU of fewer.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,15 @@ class Topology:
 
     @property
     def size(self) -> str:
-        """`2x4`, as GKE's node selector `cloud.google.com/gke-tpu-topology` has it."""
+        """`2x4`, as GKE calls it, too."""
         return "x".join(map(str, self.grid))
+
+    @property
+    def node_selector(self) -> Mapping[str, str]:
+        """What a GKE pod asks for to be put on such a slice; empty for GPUs, which are asked for by number."""
+        if self.chip.gke_accelerator is None:
+            return {}
+        return {f"{_GKE}-accelerator": self.chip.gke_accelerator, f"{_GKE}-topology": self.size}
 
     @property
     def num_chips(self) -> int:
@@ -197,7 +209,7 @@ def abstract_devices(topology: Topology) -> list[jax.Device]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **bounds)
         else:
             target = HOPPER.format(
-                cores=chip.cores, bandwidth=int(chip.hbm_bytes_per_s), memory=chip.hbm_bytes, title=chip.title
+                cores=chip.cores, bandwidth=int(chip.hbm_bytes_per_s), memory=chip.hbm_bytes, kind=chip.device_kind
             )
             found = topologies.get_topology_desc(
                 platform="cuda", topology_name="", target_config=target, topology=f"1x1x{topology.num_devices}"

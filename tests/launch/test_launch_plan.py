@@ -129,6 +129,7 @@ def test_a_model_that_is_too_large_says_what_would_do(capsys: pytest.CaptureFixt
     assert main(["plan", LLAMA, "--topology", "v6e:2x2", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is False
+    assert answer["node_selector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
     assert answer["answer"] == (
         "llama-3.3-70b does not fit v6e:2x2: its weights take 32.9 GiB on each of 4 devices of 32 GiB, which leaves "
         "too little room for sequences; it would with --quantization int8 (16.4 GiB) or on v6e:2x4 (16.4 GiB a device)."

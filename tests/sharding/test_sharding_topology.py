@@ -12,6 +12,10 @@ from jaxserve.sharding.chips import CHIPS, GIB, chip_named
 from jaxserve.sharding.topology import DevicelessError, environment, parse_topology, run_deviceless
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="JAX's CUDA plugin is not installed",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,14 @@ def test_slices(name: str, num_chips: int, num_devices: int, hbm_gib: int) -> No
 
 def test_gpus_are_counted() -> None:
     assert parse_topology("h200:8").num_devices == 8
+
+
+def test_what_gke_is_asked_for() -> None:
+    assert parse_topology("tpu7x:2x2x1").node_selector == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu7x",
+        "cloud.google.com/gke-tpu-topology": "2x2x1",
+    }
+    assert parse_topology("h200:8").node_selector == {}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +95,22 @@ def test_what_a_dead_process_said_last_is_in_the_error() -> None:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e:2x4", "v6e:1x1", "v5p:2x2x1", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x4", "v6e:1x1", "v5p:2x2x1", "tpu7x:2x2x1"])
 def test_devices_of_slices(name: str) -> None:
+    """Counted, and called as the chip says: a bundle is loaded only where devices have the same name."""
     seen: list[object] = []
     topology = parse_topology(name)
     answer = run_deviceless(topology, "deviceless_module", {"topology": name}, on_message=seen.append)
     assert seen == [{"progress": 1}]
-    assert answer == {"devices": topology.num_devices, "platform": "tpu"}
+    assert answer == {"devices": topology.num_devices, "kind": topology.chip.device_kind}
+
+
+@needs_cuda
+@pytest.mark.parametrize(("name", "kind"), [("h100:2", "NVIDIA H100 80GB HBM3"), ("h200:1", "NVIDIA H200")])
+def test_gpus_that_are_not_here_are_called_as_real_ones(name: str, kind: str) -> None:
+    """As CUDA's driver calls the SXM models, and so JAX."""
+    answer = run_deviceless(parse_topology(name), "deviceless_module", {"topology": name})
+    assert answer == {"devices": parse_topology(name).num_devices, "kind": kind}
 
 
 @needs_libtpu

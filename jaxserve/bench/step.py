@@ -54,7 +54,7 @@ class StepTime:
     decode_ms: float
     step_ms: float
     matmul_ms: float
-    memory_bytes: int
+    memory_bytes: float
     bandwidth: float
 
     @property

@@ -262,8 +262,9 @@ def compile_report(program: Program, mesh: Mesh) -> ProgramReport:
             with jax.set_mesh(mesh):
                 compiled = program.lower().compile(compiler_options=options)
         except Exception as error:  # the compiler's errors are of many types; each is a finding
+            said = str(error).strip() or type(error).__name__
             return ProgramReport(
-                name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=str(error).splitlines()[0]
+                name=name, bucket=bucket, compile_s=time.monotonic() - started, failure=said.splitlines()[0]
             )
         text = optimised_hlo(Path(folder))
     memory = compiled.memory_analysis()

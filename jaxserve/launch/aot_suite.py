@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxserve.checkpoint.json_file import read_object
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import spec_of
@@ -24,11 +22,8 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import SCORED_ROWS
 from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, config_for
 from jaxserve.launch.build import Progress
+from jaxserve.launch.fit import costs_of
 from jaxserve.models.costs import CostModel, StepShape
-from jaxserve.models.decoder import Blueprint
-from jaxserve.models.spec import ModelSpec
-from jaxserve.sharding.mesh import abstract_mesh
-from jaxserve.sharding.rules import kv_repeat
 from jaxserve.sharding.topology import Topology, parse_topology
 
 MAX_DECODE_TEMPORARY_BYTES = 64 << 20
@@ -114,8 +109,8 @@ def run_cases(
     """
     for case in cases:
         started = time.monotonic()
-        spec = spec_of(case.model)
-        costs = _costs(spec, case)
+        config = config_for(case.model, {}, case.topology)
+        costs = costs_of(spec_of(case.model), config.mesh.tensor, config, case.topology.chip.platform)
         weights = costs.weight_bytes()
         if weights > MEMORY_FRACTION * case.topology.chip.hbm_bytes:
             yield Outcome(case=case, seconds=0.0, weight_bytes=weights, report=None, problems=())
@@ -155,8 +150,9 @@ def problems_of(report: AotReport, costs: CostModel) -> Iterator[str]:
 def expected_collectives(program: ProgramReport, costs: CostModel) -> Counter[tuple[str, int]]:
     """How often a program must exchange arrays, by kind and bytes.
 
-    The decoder sums the residual stream after each split projection and after a split embedding; the head and the
-    scorer gather the logits of a split vocabulary, the scorer a block of rows at a time.
+    The decoder sums the residual stream after each split projection and after a split embedding, with int8 weights in
+    other numbers and with their scales (`models/costs`); the head and the scorer gather the logits of a split
+    vocabulary, the scorer a block of rows at a time.
     """
     size, times = program.bucket, 1
     match program.name:
@@ -179,12 +175,3 @@ def _rows(num_tokens: int, num_scored: int) -> StepShape:
 def _decodes(report: AotReport) -> list[ProgramReport]:
     """The decoder at sizes that a step of one token a sequence can have."""
     return [each for each in report.programs if each.name == "decode" and each.bucket <= report.seq_buckets[-1]]
-
-
-def _costs(spec: ModelSpec, case: Case) -> CostModel:
-    config = config_for(case.model, {}, case.topology)
-    mesh = abstract_mesh(tensor=config.mesh.tensor)
-    repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
-    blueprint = Blueprint.of(spec, dtype=jnp.dtype(spec.dtype), kv_repeat=repeat)
-    heads = spec.num_kv_heads * repeat
-    return CostModel(blueprint=blueprint, mesh=mesh, kv_bytes_per_token=0, kv_heads=heads)

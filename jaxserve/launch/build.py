@@ -7,7 +7,6 @@ decides anything; it wires what the other packages own.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,16 +39,17 @@ from jaxserve.engine.programs import Replica, programs
 from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.kv.manager import KVManager
-from jaxserve.kv.pool import PoolLayout
+from jaxserve.kv.pool import PoolLayout, held_heads
 from jaxserve.launch.bundle import Bundle, open_bundle, read_key
 from jaxserve.launch.memory import release_free_memory
+from jaxserve.models.costs import weight_bytes
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
 from jaxserve.quant.bits import storage_dtype
 from jaxserve.sampling.validate import SamplingLimits
-from jaxserve.sharding.mesh import make_mesh
-from jaxserve.sharding.rules import kv_repeat, sharding_for
+from jaxserve.sharding.mesh import TENSOR, make_mesh
+from jaxserve.sharding.rules import kv_repeat
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -129,13 +129,12 @@ def plan_replica(
         kv_repeat=repeat,
         backend=None if config.attention is None else Backend(config.attention),
     )
+    pool_dtype = storage_dtype(config.kv_cache_dtype or guess.name, device.platform)
+    heads = (spec.num_kv_heads * repeat, spec.head_dim)
+    if Backend.TPU in (device.platform, config.attention):
+        heads = held_heads(*heads, pool_dtype, num_shards=mesh.shape[TENSOR])
     page = PoolLayout(
-        num_layers=spec.num_layers,
-        num_pages=1,
-        page_size=1,
-        num_kv_heads=spec.num_kv_heads * repeat,
-        head_dim=spec.head_dim,
-        dtype=storage_dtype(config.kv_cache_dtype or guess.name, device.platform),
+        num_layers=spec.num_layers, num_pages=1, page_size=1, num_kv_heads=heads[0], head_dim=heads[1], dtype=pool_dtype
     )
     resolved = config.resolve(
         Facts(
@@ -143,7 +142,7 @@ def plan_replica(
             max_position=spec.max_position,
             checkpoint_dtype=spec.dtype,
             device_memory_bytes=device_memory_bytes or _device_memory_bytes(device),
-            weight_bytes=_bytes_a_device(blueprint, mesh),
+            weight_bytes=weight_bytes(blueprint.params(), mesh),
             kv_bytes_per_token=page.device_bytes(mesh),
         )
     )
@@ -277,11 +276,3 @@ def _executables(
 def _device_memory_bytes(device: jax.Device) -> int | None:
     stats = device.memory_stats()
     return None if not stats else stats.get("bytes_limit")
-
-
-def _bytes_a_device(blueprint: Blueprint, mesh: Mesh) -> int:
-    total = 0
-    for info in blueprint.params().values():
-        shard = sharding_for(info.axes, info.shape, mesh).shard_shape(info.shape)
-        total += math.prod(shard) * info.dtype.itemsize
-    return total

@@ -8,10 +8,12 @@ own estimate is of no use here, for it counts a scanned layer once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.models.decoder import Blueprint
@@ -24,11 +26,13 @@ TABLE = ".table"
 KERNEL = ".kernel"
 EMBEDDING = "embed"
 """Prefix of the table that embeds; with tied embeddings it is the one that scores, too."""
+HEAD = "lm_head"
+"""Prefix of the table that scores, if it is another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """What a step computes.
+    """What a step computes, or several steps on average: then its numbers may be fractions.
 
     Attributes:
         num_tokens: T, rows of the batch.
@@ -37,23 +41,52 @@ class StepShape:
         pairs: Visible (query, key) pairs, summed over sequences.
     """
 
-    num_tokens: int
-    num_scored: int
-    read_tokens: int
-    pairs: int
+    num_tokens: float
+    num_scored: float
+    read_tokens: float
+    pairs: float
 
     @classmethod
-    def decode(cls, num_seqs: int, context_len: int) -> StepShape:
-        """One token for each sequence, which sees `context_len` tokens, itself included."""
-        visible = num_seqs * context_len
+    def decode(cls, num_seqs: int, context_len: int, *, window: int | None = None) -> StepShape:
+        """One token for each sequence.
+
+        Args:
+            num_seqs: How many there are.
+            context_len: Tokens of each, the new one included.
+            window: How many tokens up to itself a token sees; None if all.
+        """
+        visible = num_seqs * (context_len if window is None else min(context_len, window))
         return cls(num_tokens=num_seqs, num_scored=num_seqs, read_tokens=visible, pairs=visible)
 
     @classmethod
-    def prefill(cls, num_tokens: int, start: int = 0) -> StepShape:
-        """A chunk of one prompt that begins at position `start`."""
+    def prefill(cls, num_tokens: int, start: int = 0, *, last: bool = True, window: int | None = None) -> StepShape:
+        """A chunk of one prompt.
+
+        Args:
+            num_tokens: Tokens of the chunk.
+            start: Position of its first token.
+            last: Whether the prompt ends with it, so that its last token is scored.
+            window: How many tokens up to itself a token sees; None if all.
+        """
         end = start + num_tokens
-        pairs = (end * (end + 1) - start * (start + 1)) // 2
-        return cls(num_tokens=num_tokens, num_scored=1, read_tokens=end, pairs=pairs)
+        unseen = 0 if window is None else max(0, start + 1 - window)
+        return cls(
+            num_tokens=num_tokens,
+            num_scored=int(last),
+            read_tokens=end - unseen,
+            pairs=visible_pairs(end, window) - visible_pairs(start, window),
+        )
+
+
+def visible_pairs(num_tokens: int, window: int | None) -> int:
+    """(query, key) pairs of a sequence from its first token on, each token seeing itself and what came before.
+
+    Args:
+        num_tokens: Tokens of the sequence.
+        window: How many tokens up to itself a token sees; None if all.
+    """
+    growing = num_tokens if window is None else min(num_tokens, window)
+    return growing * (growing + 1) // 2 + (num_tokens - growing) * growing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +101,14 @@ class StepWork:
         exchanges: What the devices that share a model exchange.
     """
 
-    matmul_flops: int
-    attention_flops: int
-    weight_bytes: int
-    kv_bytes: int
+    matmul_flops: float
+    attention_flops: float
+    weight_bytes: float
+    kv_bytes: float
     exchanges: tuple[Exchange, ...]
 
     @property
-    def memory_bytes(self) -> int:
+    def memory_bytes(self) -> float:
         """Bytes the device's memory moves."""
         return self.weight_bytes + self.kv_bytes
 
@@ -108,11 +141,11 @@ class CostModel:
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
-        return sum(self._shard_bytes(info) for info in self.blueprint.params().values())
+        return weight_bytes(self.blueprint.params(), self.mesh)
 
-    def _multiplied(self, shape: StepShape) -> int:
+    def _multiplied(self, shape: StepShape) -> float:
         """Multiplications of a weight with an activation."""
-        total = 0
+        total: float = 0
         for path, info in self.blueprint.params().items():
             if path.endswith(KERNEL):
                 total += shape.num_tokens * self._shard_size(info)
@@ -120,14 +153,21 @@ class CostModel:
                 total += shape.num_scored * self._shard_size(info)
         return total
 
-    def _weights_read(self, shape: StepShape) -> int:
-        total = 0
+    def _weights_read(self, shape: StepShape) -> float:
+        """Bytes of weights read: of the embedding the rows looked up, the head if there is anything to score.
+
+        On average over steps that score less than a row each, the head is read in as many of them as there are rows.
+        """
+        scoring = min(shape.num_scored, 1)
+        total: float = 0
         for path, info in self.blueprint.params().items():
-            if path.startswith(EMBEDDING) and not self._scores(path):
+            whole = self._shard_size(info) * info.dtype.itemsize
+            if path.startswith(EMBEDDING):
                 rows = min(shape.num_tokens, info.shape[0])
-                total += rows * math.prod(info.shape[1:]) * info.dtype.itemsize
+                looked_up = rows * math.prod(info.shape[1:]) * info.dtype.itemsize
+                total += max(looked_up, scoring * whole if self._scores(path) else 0)
             else:
-                total += self._shard_bytes(info)
+                total += scoring * whole if path.startswith(HEAD) else whole
         return total
 
     def _scores(self, path: str) -> bool:
@@ -141,29 +181,59 @@ class CostModel:
         return heads * spec.head_dim
 
     def _exchanges(self, shape: StepShape) -> Iterator[Exchange]:
-        """Sums of the residual stream, and logits put together.
-
-        What is summed is rounded to the activations' dtype before it travels, as XLA does on TPUs.
-        """
+        """Sums of the residual stream, and logits put together."""
+        for num_bytes, count in self._sums(shape).items():
+            yield Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=num_bytes, count=count)
         spec, params = self.blueprint.spec, self.blueprint.params()
-        layers = [self._is_split(params[f"layers.{path}.kernel"]) for path in ("attn.out", "mlp.down")]
-        sums = spec.num_layers * sum(layers) + self._is_split(params["embed.table"])
-        if sums and shape.num_tokens:
-            residual = shape.num_tokens * spec.hidden_size * self.blueprint.dtype.itemsize
-            yield Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=residual, count=sums)
         head = params["embed.table" if spec.tie_embeddings else "lm_head.table"]
         if self._is_split(head) and shape.num_scored:
-            logits = shape.num_scored * spec.vocab_size * 4
+            logits = int(shape.num_scored * spec.vocab_size * 4)
             yield Exchange(kind=ExchangeKind.ALL_GATHER, num_bytes=logits, count=1)
+
+    def _sums(self, shape: StepShape) -> Counter[int]:
+        """How often the devices sum (or take the maximum of) arrays of so many bytes.
+
+        The residual stream is summed after each split projection and after a split embedding, rounded to the
+        activations' dtype before it travels, as XLA does on TPUs. Split int8 projections first agree on the largest
+        activation of each row, by which it is quantised, and sum integers; an int8 embedding sends its rows as they
+        are, and a scale a row.
+        """
+        spec, params = self.blueprint.spec, self.blueprint.params()
+        sums = Counter[int]()
+        for path, times, integer in (
+            ("layers.attn.out.kernel", spec.num_layers, jnp.dtype(jnp.int32)),
+            ("layers.mlp.down.kernel", spec.num_layers, jnp.dtype(jnp.int32)),
+            ("embed.table", 1, jnp.dtype(jnp.int8)),
+        ):
+            if not shape.num_tokens or not self._is_split(params[path]):
+                continue
+            is_int8 = params[path].dtype == jnp.int8
+            dtype = integer if is_int8 else self.blueprint.dtype
+            sums[int(shape.num_tokens * spec.hidden_size * dtype.itemsize)] += times
+            if is_int8:
+                sums[int(shape.num_tokens * jnp.dtype(jnp.float32).itemsize)] += times
+        return sums
 
     def _is_split(self, info: ParamInfo) -> bool:
         return self._shard_size(info) < math.prod(info.shape)
 
     def _shard_size(self, info: ParamInfo) -> int:
-        return math.prod(sharding_for(info.axes, info.shape, self.mesh).shard_shape(info.shape))
+        return _shard_size(info, self.mesh)
 
-    def _shard_bytes(self, info: ParamInfo) -> int:
-        return self._shard_size(info) * info.dtype.itemsize
+
+def weight_bytes(params: Mapping[str, ParamInfo], mesh: Mesh | AbstractMesh) -> int:
+    """Bytes of all parameters on one device.
+
+    Args:
+        params: By path, as a `Blueprint` declares them.
+        mesh: What they are split over.
+    """
+    return sum(_shard_size(info, mesh) * info.dtype.itemsize for info in params.values())
+
+
+def _shard_size(info: ParamInfo, mesh: Mesh | AbstractMesh) -> int:
+    """Elements of a parameter on one device."""
+    return math.prod(sharding_for(info.axes, info.shape, mesh).shard_shape(info.shape))
 
 
 def device_bytes(tree: object) -> int:

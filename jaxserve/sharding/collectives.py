@@ -1,7 +1,8 @@
 """What a compiled program exchanges between devices, read off its optimised HLO.
 
 A collective inside a loop counts as often as the loop turns: a scanned decoder holds each of its layers' exchanges once
-in the text. Loops whose turns the compiler does not know count once.
+in the text. Loops whose turns the compiler does not know count once. Of an asynchronous pair the end counts, whose type
+is the result alone; of a send or a receive the beginning, whose type is (what travels, u32[] context, token).
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+"""Collectives that yield a result; HLO may write them as a pair, `-start` and `-done`."""
+
+ONE_WAY = ("send", "recv")
+"""What passes between two devices."""
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .*)?\{$")
-_COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?:(?P<kind>{'|'.join(KINDS)})(?:-done)?|(?P<way>{'|'.join(ONE_WAY)}))\(")
 _WHILE = re.compile(r"\bwhile\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(?P<n>\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(?P<name>[\w.-]+)")
@@ -32,7 +40,7 @@ class Collective:
 
     Attributes:
         kind: As HLO calls it, "all-reduce" for example.
-        shape: Type of its result, as HLO writes it.
+        shape: Arrays of its result, as HLO writes them but for their layouts.
         count: How often a run of the program does it.
         num_bytes: Bytes of one result on one device.
     """
@@ -56,7 +64,8 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
     def visit(name: str, times: int) -> None:
         for line in bodies[name][1]:
             if found := _COLLECTIVE.search(line):
-                key = (found["kind"], _shape(found["type"], started=found["start"] is not None))
+                arrays = [array.group() for array in _ARRAY.finditer(found["type"])]
+                key = (found["kind"] or found["way"], " ".join(arrays if found["kind"] else arrays[:-1]))
                 counts[key] = counts.get(key, 0) + times
             elif loop := _WHILE.search(line):
                 visit(loop["body"], times * _turns(line, bodies[loop["condition"]][1]))
@@ -99,12 +108,6 @@ def _turns(loop: str, condition: list[str]) -> int:
         return int(known["n"])
     bounds = [int(found["n"]) for line in condition if (found := _BOUND.search(line))]
     return bounds[0] if len(bounds) == 1 else 1
-
-
-def _shape(text: str, *, started: bool) -> str:
-    """The arrays of a type without their layouts; of an asynchronous start's (operand, result) only the result."""
-    arrays = [found.group() for found in _ARRAY.finditer(text)]
-    return arrays[-1] if started else " ".join(arrays)
 
 
 def _bytes(shape: str) -> int:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxserve.checkpoint.presets import default_presets_dir, preset_names
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.cli import main
+from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError
+from jaxserve.engine.programs import Program
 from jaxserve.kv.pool import tiled
 from jaxserve.launch import aot_suite
-from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, optimised_hlo
+from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, compile_report, config_for, optimised_hlo
 from jaxserve.launch.aot_suite import (
     MAX_DECODE_TEMPORARY_BYTES,
     Case,
@@ -28,11 +32,14 @@ from jaxserve.launch.aot_suite import (
     read_cases,
     run_cases,
 )
+from jaxserve.launch.fit import costs_of
+from jaxserve.launch.bundle import open_bundle
+from jaxserve.launch.compile import compile_bundle
 from jaxserve.models.costs import CostModel
 from jaxserve.models.decoder import Blueprint
 from jaxserve.sharding.collectives import Collective
 from jaxserve.sharding.mesh import abstract_mesh
-from jaxserve.sharding.topology import parse_topology
+from jaxserve.sharding.topology import parse_topology, run_deviceless
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(
@@ -41,6 +48,7 @@ needs_cuda = pytest.mark.skipif(
 )
 
 MODEL = "smollm2-135m"
+TINY = Path(__file__).parents[1] / "goldens" / "tiny" / "llama"
 SPEC = spec_of("llama-3.1-8b")
 COSTS = CostModel(
     blueprint=Blueprint.of(SPEC, dtype=jnp.dtype("bfloat16")),
@@ -114,6 +122,22 @@ def test_steps_compile_for_a_slice() -> None:
 
 
 @needs_libtpu
+def test_what_int8_weights_exchange() -> None:
+    """Sums of integers and maxima of rows, which floating-point weights do without."""
+    settings = {"mesh": "tensor=2", "quantization": "int8", "max_model_len": "1024", "num_pages": "64"}
+    topology, model = parse_topology("v6e:2x4"), "qwen3-0.6b"
+    report = aot_report(model, topology, settings=settings, wanted=(("decode", 16),))
+    config = config_for(model, settings, topology)
+    costs = costs_of(spec_of(model), 2, config, "tpu")
+    assert sorted(expected_collectives(report.programs[0], costs).items()) == [
+        (("all-reduce", 16 * 4), 57),
+        (("all-reduce", 16 * 1024), 1),
+        (("all-reduce", 16 * 1024 * 4), 56),
+    ]
+    assert list(problems_of(report, costs)) == []
+
+
+@needs_libtpu
 def test_weights_are_not_copied_on_v7x() -> None:
     """There the compiler likes taller tiles than arguments have, and a table of few columns turned round.
 
@@ -138,6 +162,15 @@ def test_steps_compile_for_gpus() -> None:
     assert decode.argument_bytes >= report.kv_bytes + report.weight_bytes
     assert {each.kind for each in head.collectives} == {"all-gather"}
     assert {each.kind for each in decode.collectives} == {"all-reduce"}
+
+
+@pytest.mark.parametrize(("said", "failure"), [("", "RuntimeError"), ("\nno room\nat all", "no room")])
+def test_a_failure_is_the_first_line_of_what_the_compiler_says(said: str, failure: str) -> None:
+    def fails() -> None:
+        raise RuntimeError(said)
+
+    program = Program(key=("decode", 16), function=jax.jit(fails), args=())
+    assert compile_report(program, jax.make_mesh((1,), ("tensor",))).failure == failure
 
 
 @pytest.mark.parametrize(
@@ -240,3 +273,42 @@ def test_the_command_prints_whole_names_and_fails_on_a_problem(
     assert cells == ["tpu7x:2x2x1", "llama-3.3-70b", "1", "0.00", "0.00", "0.00", "1.0", "0.0", "0.0", "0.0 of 96", "1"]
     assert main(["aot", "--only", "qwen3-0.6b", "--only", "v5e:2x4"]) == 1
     assert "qwen3-0.6b on v5e:2x4: decode 256 needs 99 MiB" in capsys.readouterr().out
+
+
+def differences(bundle: Path, topology: str) -> list[str]:
+    """What keeps a bundle of the tiny model from the first devices of a slice."""
+    request = {"bundle": str(bundle), "model": str(TINY), "topology": topology}
+    found: list[str] = run_deviceless(parse_topology(topology), "deviceless_bundle", request)["differences"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind", "places", "another"),
+    [
+        pytest.param("v6e:2x4", "TPU v6 lite", "0,0,0/0 1,0,0/0 0,1,0/0 1,1,0/0", "v6e:4x4", marks=needs_libtpu),
+        pytest.param("h200:4", "NVIDIA H200", None, None, marks=needs_cuda),
+    ],
+)
+def test_a_bundle_for_a_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: str, kind: str, places: str | None, another: str | None
+) -> None:
+    """Written without its devices, read back, and refused where the same number of chips lies in another grid."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    settings = {"mesh": "tensor=4", "max_num_seqs": "4", "max_num_batched_tokens": "16", "num_pages": "32"}
+    (tmp_path / "key").write_text("a secret")
+    out = tmp_path / "out"
+    written = compile_bundle(str(TINY), topology, out, settings=settings, key=tmp_path / "key")
+    bundle = open_bundle(out, b"a secret")
+    assert (bundle.topology, bundle.origin.device_kind, bundle.origin.places) == (topology, kind, places)
+    assert bundle.origin.mesh == {"data": 1, "expert": 1, "tensor": 4}
+    assert bundle.origin.compiler is not None
+    assert bundle.cpu_features == ()
+    assert written.num_programs == len(bundle.entries)
+    assert written.num_bytes == sum(path.stat().st_size for path in out.glob("*.bin"))
+    assert {entry.name for entry in bundle.entries} >= {"head", "decode", "score", "admit", "copy_pages", "allocate"}
+    for entry in bundle.entries:
+        assert hashlib.sha256((out / entry.file).read_bytes()).hexdigest() == entry.sha256
+    assert bundle.adopt(ServeConfig(model=str(TINY))).num_pages == 32
+    assert differences(out, topology) == []
+    if another is not None:
+        assert differences(out, another) == [f"devices at {places} (here 0,0,0/0 1,0,0/0 2,0,0/0 3,0,0/0)"]

@@ -50,6 +50,17 @@ def test_exchanges_of_70b_on_eight_devices() -> None:
     )
 
 
+def test_exchanges_of_int8() -> None:
+    """160 sums of int32 and 160 maxima of a row each; the embedding's rows are sent as int8, with a scale each."""
+    work = model("llama-3.3-70b", 8, "int8").work(StepShape.decode(64, 2048))
+    assert work.exchanges == (
+        Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=64 * 8192 * 4, count=160),
+        Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=64 * 4, count=161),
+        Exchange(kind=ExchangeKind.ALL_REDUCE, num_bytes=64 * 8192, count=1),
+        Exchange(kind=ExchangeKind.ALL_GATHER, num_bytes=64 * 128256 * 4, count=1),
+    )
+
+
 def test_weights_of_70b_are_seventy_billion_parameters() -> None:
     assert model("llama-3.3-70b", 1).weight_bytes() == 2 * (80 * LAYER + 2 * TABLE + 161 * 8192)
 
@@ -71,6 +82,25 @@ def test_prefill_sees_each_pair_once(tokens: int, start: int) -> None:
     assert shape.pairs == sum(position + 1 for position in range(start, start + tokens))
     assert shape.read_tokens == start + tokens
     assert shape.num_scored == 1
+    assert StepShape.prefill(tokens, start, last=False).num_scored == 0
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (3, 0), (10, 0), (3, 2), (10, 30)])
+def test_a_window_hides_what_is_farther_back(tokens: int, start: int) -> None:
+    shape = StepShape.prefill(tokens, start, window=4)
+    seen = [set(range(max(0, position - 3), position + 1)) for position in range(start, start + tokens)]
+    assert shape.pairs == sum(map(len, seen))
+    assert shape.read_tokens == len(set().union(*seen))
+    assert StepShape.decode(3, start + 1, window=4).read_tokens == 3 * len(seen[0])
+    assert StepShape.decode(3, start + 1, window=4).pairs == 3 * len(seen[0])
+
+
+def test_a_step_that_scores_nothing_reads_no_head() -> None:
+    costs = model("llama-3.3-70b", 8)
+    ended, under_way = costs.work(StepShape.prefill(16)), costs.work(StepShape.prefill(16, last=False))
+    assert ended.weight_bytes - under_way.weight_bytes == 128256 * 8192 * 2 // 8
+    assert ended.matmul_flops - under_way.matmul_flops == 2 * 128256 * 8192 // 8
+    assert [each.kind for each in under_way.exchanges] == [ExchangeKind.ALL_REDUCE]
 
 
 def test_a_tied_table_is_read_once_and_multiplied() -> None:

@@ -69,7 +69,7 @@ class Origin:
         flags: What the compiler was told through the environment.
         jax_settings: What JAX was told that changes programs.
         device_kind: JAX's name of the device.
-        places: Where in the slice each device of the mesh is, None where devices have no places.
+        places: The slice and where in it each device of the mesh is, None where devices have no places.
         model: Digest of the model's spec.
         mesh: Sizes of the mesh axes.
         dtype: Of activations and unquantised weights.
@@ -224,12 +224,15 @@ def compiler_of(platform: str) -> str | None:
 def places(mesh: Mesh) -> str | None:
     """Where in its slice each device of a mesh is, in the order of the mesh; None for devices without places.
 
-    Chips of a TPU talk to their neighbours, so an executable for 2x4 chips is not one for 8x1.
+    Chips of a TPU talk to their neighbours, so an executable for 2x4 chips is not one for 4x4, even on as many of them.
     """
     devices: list[Any] = list(mesh.devices.flat)
     if devices[0].platform != "tpu":
         return None
-    return " ".join(f"{','.join(map(str, device.coords))}/{device.core_on_chip}" for device in devices)
+    found = (f"{','.join(map(str, device.coords))}/{device.core_on_chip}" for device in devices)
+    whole: list[Any] = devices[0].client.devices()
+    sides = (1 + max(along) for along in zip(*(device.coords for device in whole), strict=True))
+    return f"{' '.join(found)} of {'x'.join(map(str, sides))}"
 
 
 def jax_settings(values: Mapping[str, object]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Nothing is compiled here, so all slices of all chips are gone through in a secon
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -16,8 +16,11 @@ from jaxserve.core.config import (
     ACCELERATOR_TOKENS,
     MAX_NUM_SEQS,
     MEMORY_FRACTION,
+    Facts,
     MeshShape,
+    ResolvedConfig,
     ServeConfig,
+    auto_dtype,
     load,
 )
 from jaxserve.core.errors import ConfigError
@@ -35,6 +38,9 @@ from jaxserve.sharding.topology import Topology, slices
 ROOM_SHARE = 0.85
 """Share of a device's memory that weights may take, lest nothing be left for sequences."""
 
+_BOUNDLESS = 1 << 60
+"""Bytes of a device on which any pool fits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -45,7 +51,7 @@ class Candidate:
         tensor: Devices that share a model.
         replicas: Engines that share the slice.
         weight_bytes: Weights on a device.
-        kv_tokens: Tokens the pool of a replica can hold.
+        kv_tokens: Tokens the pool of a replica holds.
         service: What users of one replica see at best.
     """
 
@@ -62,7 +68,7 @@ def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline:
 
     Args:
         model: As for `plan`.
-        workload: What must fit: `concurrency` sequences of `input_len + output_len` tokens.
+        workload: What must fit: `concurrency` sequences of `input_len + output_len` tokens, as far as serve has slots.
         settings: As for `plan`.
         offline: Fetch nothing.
 
@@ -133,21 +139,51 @@ def candidate(
     mesh = mesh or MeshShape(tensor=choose_tensor(spec, topology, config))
     if mesh.num_devices > topology.num_devices:
         return None
+    limits = limits_of(spec, config, topology.chip.platform)
     costs = costs_of(spec, mesh.tensor, config, topology.chip.platform)
     weights, capacity = costs.weight_bytes(), topology.chip.hbm_bytes
     # What resolve() gives to weights and pool together.
     room = int((config.memory_fraction or MEMORY_FRACTION) * capacity) - weights
-    kv_tokens = room // costs.kv_bytes_per_token
-    if weights > ROOM_SHARE * capacity or kv_tokens < workload.concurrency * workload.longest:
+    page_bytes = limits.page_size * costs.kv_bytes_per_token
+    num_pages = config.num_pages or room // page_bytes
+    served = replace(workload, concurrency=min(workload.concurrency, limits.max_num_seqs))
+    needed = max(
+        served.concurrency * pages_for(served.longest, limits.page_size),
+        pages_for(config.max_model_len or 1, limits.page_size),
+    )
+    if weights > ROOM_SHARE * capacity or num_pages * page_bytes > room or num_pages < needed:
         return None
-    chunk_tokens = config.max_num_batched_tokens or ACCELERATOR_TOKENS
+    estimator = estimator_of(costs, topology, config, step_tokens=limits.max_num_batched_tokens)
     return Candidate(
         topology=topology,
         tensor=mesh.tensor,
         replicas=topology.num_devices // mesh.num_devices,
         weight_bytes=weights,
-        kv_tokens=kv_tokens,
-        service=estimator_of(costs, topology, config, chunk_tokens=chunk_tokens).service(workload),
+        kv_tokens=num_pages * limits.page_size,
+        service=estimator.service(served),
+    )
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold a sequence."""
+    return -(-num_tokens // page_size)
+
+
+def limits_of(spec: ModelSpec, config: ServeConfig, platform: str) -> ResolvedConfig:
+    """What serve makes of its settings on a device that lacks no memory; its pool means nothing.
+
+    Raises:
+        ConfigError: The settings contradict each other or the model.
+    """
+    return config.resolve(
+        Facts(
+            platform=platform,
+            max_position=spec.max_position,
+            checkpoint_dtype=spec.dtype,
+            device_memory_bytes=_BOUNDLESS,
+            weight_bytes=0,
+            kv_bytes_per_token=1,
+        )
     )
 
 
@@ -178,7 +214,7 @@ def costs_of(spec: ModelSpec, tensor: int, config: ServeConfig, platform: str) -
         config: What was asked of serve.
         platform: JAX's name of their kind; a TPU pads heads in the KV pool.
     """
-    dtype = jnp.dtype(config.dtype or spec.dtype)
+    dtype = jnp.dtype(config.dtype or auto_dtype(platform, spec.dtype))
     mesh = abstract_mesh(tensor=tensor)
     repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
     heads = spec.num_kv_heads * repeat
@@ -191,19 +227,19 @@ def costs_of(spec: ModelSpec, tensor: int, config: ServeConfig, platform: str) -
     return CostModel(blueprint=blueprint, mesh=mesh, kv_bytes_per_token=per_token, kv_heads=heads)
 
 
-def estimator_of(costs: CostModel, topology: Topology, config: ServeConfig, *, chunk_tokens: int) -> Estimator:
+def estimator_of(costs: CostModel, topology: Topology, config: ServeConfig, *, step_tokens: int) -> Estimator:
     """Estimates steps of a model on a slice.
 
     Args:
         costs: Counts them.
         topology: The slice.
         config: What was asked of serve.
-        chunk_tokens: Most tokens of a prefill step.
+        step_tokens: Most tokens of a step.
     """
     return Estimator(
         costs=costs,
         chip=topology.chip,
         wiring=wiring(topology, costs.mesh.size),
         weight_format=config.quantization or costs.blueprint.dtype.name,
-        chunk_tokens=chunk_tokens,
+        step_tokens=step_tokens,
     )

@@ -21,12 +21,12 @@ from jaxserve.launch.fit import (
     choose_tensor,
     costs_of,
     estimator_of,
+    pages_for,
     require_length,
     settings_for,
     weight_bytes,
 )
 from jaxserve.launch.verdict import Memory, Question, answer, notes, too_heavy
-from jaxserve.models.costs import StepShape
 from jaxserve.sharding.topology import Topology
 
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -143,7 +143,7 @@ def _plan_compiled(
     at_once = min(workload.concurrency, _sequences(report, workload.longest), report.seq_buckets[-1])
     fits = not report.failures and memory.total <= memory.usable and at_once > 0
     costs = costs_of(question.spec, config.mesh.tensor, config, topology.chip.platform)
-    estimator = estimator_of(costs, topology, config, chunk_tokens=report.token_buckets[-1])
+    estimator = estimator_of(costs, topology, config, step_tokens=report.token_buckets[-1])
     served = replace(workload, concurrency=at_once)
     return Plan(
         model=question.model,
@@ -165,17 +165,17 @@ def _plan_compiled(
 
 def _sequences(report: AotReport, length: int) -> int:
     """How many sequences of a length the pool holds; none longer than a sequence may be."""
-    return 0 if length > report.max_model_len else report.num_pages // -(-length // report.page_size)
+    return 0 if length > report.max_model_len else report.num_pages // pages_for(length, report.page_size)
 
 
 def _steps(estimator: Estimator, served: Workload) -> tuple[StepEstimate, ...]:
-    """Steps with one sequence and with all of them, in the middle of their generation, and a prefill."""
-    middle, chunk = served.input_len + served.output_len // 2, min(served.input_len, estimator.chunk_tokens)
+    """Steps with one sequence and with all of them, in the middle of their generation, and a prompt's first."""
+    middle, prompt = served.input_len + served.output_len // 2, estimator.chunks(served.input_len)[0]
     decodes = [
-        estimator.step(f"decode, {count} x {middle}", StepShape.decode(count, middle))
+        estimator.step(f"decode, {count} x {middle}", estimator.decode(count, middle))
         for count in dict.fromkeys((1, served.concurrency))
     ]
-    return (*decodes, estimator.step(f"prefill, {chunk}", StepShape.prefill(chunk)))
+    return (*decodes, estimator.step(f"prefill, {prompt.num_tokens}", prompt))
 
 
 def _code_bytes(report: AotReport) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from jaxserve.core.config import ServeConfig
 from jaxserve.launch.aot import AotReport
 from jaxserve.launch.estimate import Workload
-from jaxserve.launch.fit import candidate
+from jaxserve.launch.fit import candidate, pages_for
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.mesh import abstract_mesh
 from jaxserve.sharding.rules import kv_repeat
@@ -102,11 +102,11 @@ def answer(question: Question, report: AotReport, memory: Memory, at_once: int) 
         first = report.failures[0]
         return f"{model} does not compile for {topology}: {first.name} {first.bucket}: {first.failure}"
     if memory.total > memory.usable:
-        share = (memory.usable - memory.temporaries - memory.code) / memory.capacity
+        smaller = _smaller_pool(question, report, memory)
+        would = " or ".join(_remedies(question) if smaller is None else [f"with {smaller}, a smaller KV cache"])
         return (
             f"{model} does not fit {topology} so: a device needs {memory.total / GIB:.1f} GiB and has "
-            f"{memory.usable / GIB:.1f}; it would with --memory-fraction {math.floor(100 * share) / 100:.2f}, which "
-            "makes the KV cache smaller."
+            f"{memory.usable / GIB:.1f}{f'; it would {would}' if would else ''}."
         )
     kv_tokens = report.num_pages * report.page_size
     if at_once == 0:
@@ -139,6 +139,26 @@ def notes(question: Question) -> Iterator[str]:
             f"tensor={shape.tensor} does not split the model's {spec.num_heads} query and {spec.num_kv_heads} KV heads "
             "evenly: every device computes all of attention and holds all of the KV cache."
         )
+    if topology.chip.platform == "tpu" and topology.chip.cores > 1:
+        yield (
+            f"A {topology.chip.title} has {topology.chip.cores} TensorCores, of which the attention kernels use one; "
+            "times are those of the whole chip."
+        )
+
+
+def _smaller_pool(question: Question, report: AotReport, memory: Memory) -> str | None:
+    """The flag of serve that leaves room for what programs take; None if no sequence of the workload had any."""
+    config = question.config
+    page_bytes = memory.kv // report.num_pages
+    room = memory.usable - memory.temporaries - memory.code  # for weights and pool together
+    share = math.floor(100 * room / memory.capacity) / 100
+    if config.num_pages is None:
+        room = int(share * memory.capacity)
+    num_pages = (room - memory.weights) // page_bytes
+    longest = max(question.workload.longest, config.max_model_len or 0)
+    if num_pages < pages_for(longest, report.page_size):
+        return None
+    return f"--memory-fraction {share:.2f}" if config.num_pages is None else f"--num-pages {num_pages}"
 
 
 def _remedies(question: Question) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""Plans: estimates against cases computed by hand, and what is said when a model does not fit."""
+"""Plans: which slices hold a model, what is said when one does not, tables and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,80 +15,15 @@ from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.launch import plan as planning
 from jaxserve.launch.aot import AotReport, ProgramReport
-from jaxserve.launch.estimate import Bound, Estimator, Workload
-from jaxserve.launch.fit import choose_tensor, costs_of, estimator_of, fit, weight_bytes
+from jaxserve.launch.estimate import Workload
+from jaxserve.launch.fit import Candidate, choose_tensor, costs_of, fit, weight_bytes
 from jaxserve.launch.plan import Plan, plan
 from jaxserve.launch.verdict import GIB
-from jaxserve.models.costs import StepShape
 from jaxserve.sharding.topology import parse_topology
 
 LLAMA = "llama-3.3-70b"
 LOAD = Workload(input_len=1024, output_len=256, concurrency=64)
 CONFIG = ServeConfig(model=LLAMA)
-
-# Llama 3.3 70B over eight devices in bfloat16, by hand: 80 layers of 8192 x (8192 + 2 x 1024) + 8192 x 8192 +
-# 3 x 8192 x 28672 weights, a head of 128256 x 8192; per token and layer a key and a value of one head of 128.
-LAYER = 8192 * 10240 + 8192 * 8192 + 3 * 8192 * 28672
-HEAD = 128256 * 8192
-READ = 2 * (80 * LAYER + HEAD) / 8
-
-
-def estimator() -> Estimator:
-    topology = parse_topology("v6e:2x4")
-    return estimator_of(costs_of(spec_of(LLAMA), 8, CONFIG, "tpu"), topology, CONFIG, chunk_tokens=2048)
-
-
-def test_a_decode_step_by_hand() -> None:
-    step = estimator().step("decode", StepShape.decode(64, 2048))
-    norms, embedded = 161 * 8192 * 2, 64 * 8192 * 2
-    kv = 80 * 2 * 128 * 2 * (64 * 2048 + 64)
-    assert step.memory_s == pytest.approx((READ + norms + embedded + kv) / 1640e9, rel=1e-12)
-    flops = 2 * 64 * (80 * LAYER + HEAD) / 8 + 4 * 80 * 8 * 128 * 64 * 2048
-    assert step.compute_s == pytest.approx(flops / 918e12, rel=1e-12)
-    # 161 sums of 1 MiB over 20 links of 100 GB/s each way; the logits' 7/8 into a corner that has two links.
-    summed = 161 * 64 * 8192 * 2 * 2 * 7 / 20 / 100e9
-    gathered = 64 * 128256 * 4 * 7 / 8 / 2 / 100e9
-    assert step.interconnect_s == pytest.approx(summed + gathered, rel=1e-12)
-    assert step.bound is Bound.MEMORY
-    assert step.seconds == step.memory_s
-    assert step.in_turn_s == step.memory_s + step.interconnect_s
-    # 17.4 GB of weights and 5.4 GB of keys and values at 1.64 TB/s.
-    assert step.memory_s == pytest.approx(13.9e-3, rel=0.01)
-
-
-def test_a_step_of_one_waits_for_every_message_to_cross_the_slice() -> None:
-    """16 KiB are sent in less than the 4 microseconds that news takes over 4 links, 162 times."""
-    step = estimator().step("decode", StepShape.decode(1, 2048))
-    assert step.interconnect_s == pytest.approx(162 * 4e-6)
-
-
-def test_a_prefill_by_hand() -> None:
-    step = estimator().step("prefill", StepShape.prefill(2048))
-    flops = 2 * 2048 * 80 * LAYER / 8 + 2 * HEAD / 8 + 4 * 80 * 8 * 128 * (2048 * 2049 // 2)
-    assert step.compute_s == pytest.approx(flops / 918e12, rel=1e-12)
-    assert step.interconnect_s == pytest.approx(161 * 2048 * 8192 * 2 * 14 / 20 / 100e9 + 4e-6, rel=1e-9)
-    assert step.memory_s < step.interconnect_s < step.compute_s
-    assert step.bound is Bound.COMPUTE
-    assert step.seconds == step.compute_s
-
-
-def test_a_prompt_is_its_chunks() -> None:
-    each = estimator()
-    chunks = [StepShape.prefill(2048), StepShape.prefill(2048, 2048), StepShape.prefill(904, 4096)]
-    assert each.prefill_s(5000) == pytest.approx(sum(each.step("", chunk).seconds for chunk in chunks))
-    assert each.prefill_s(5000, in_turn=True) == pytest.approx(sum(each.step("", chunk).in_turn_s for chunk in chunks))
-
-
-def test_what_users_see() -> None:
-    each = estimator()
-    seen = each.service(LOAD)
-    decode = each.step("", StepShape.decode(64, 1024 + 128)).seconds
-    assert seen.tpot_s == decode
-    assert seen.ttft_s == each.prefill_s(1024)
-    assert seen.output_tokens_per_s == pytest.approx(64 * 256 / (64 * seen.ttft_s + 256 * decode))
-    in_turn = each.service(LOAD, in_turn=True)
-    assert in_turn.tpot_s == each.step("", StepShape.decode(64, 1024 + 128)).in_turn_s
-    assert in_turn.output_tokens_per_s < seen.output_tokens_per_s
 
 
 @pytest.mark.parametrize(
@@ -111,12 +47,35 @@ def test_the_smallest_slices_that_hold_a_model() -> None:
     }
     assert found["v6e"].weight_bytes == weight_bytes(spec_of(LLAMA), 8, CONFIG)
     assert found["v6e"].kv_tokens == pytest.approx(
-        (0.9 * 32 * GIB - found["v6e"].weight_bytes) / (80 * 2 * 128 * 2), abs=1
+        (0.9 * 32 * GIB - found["v6e"].weight_bytes) / (80 * 2 * 128 * 2), abs=64
     )
     small = {
         each.topology.chip.name: str(each.topology) for each in fit(LLAMA, LOAD, settings={"quantization": "int8"})
     }
     assert (small["v5e"], small["h200"]) == ("v5e:2x4", "h200:1")
+
+
+def test_fit_heeds_what_serve_would() -> None:
+    """Llama 3.1 8B on one v6e has room for some 113,000 tokens; 64 requests of 1,280 want 81,920."""
+    model = "llama-3.1-8b"
+
+    def smallest(load: Workload = LOAD, **settings: str) -> Candidate:
+        [found] = [each for each in fit(model, load, settings=settings) if each.topology.chip.name == "v6e"]
+        return found
+
+    assert str(smallest().topology) == "v6e:1x1"
+    assert smallest(num_pages="1280").kv_tokens == 81_920
+    assert not fit(model, LOAD, settings={"num_pages": "1279"})
+    assert str(smallest(num_pages="2000").topology) == "v6e:2x2", "128,000 tokens are more than one chip has room for"
+    # In pages of 1,024 a request takes two, and 64 of them 131,072 tokens.
+    assert str(smallest(page_size="1024").topology) == "v6e:2x2"
+    assert str(smallest(max_model_len="120000").topology) == "v6e:2x2"
+    crowd = dataclasses.replace(LOAD, concurrency=200)
+    assert str(smallest(crowd).topology) == "v6e:2x2"
+    few = smallest(crowd, max_num_seqs="16", max_num_batched_tokens="16")
+    assert (str(few.topology), few.service.workload.concurrency) == ("v6e:1x1", 16)
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=16 is less than max_num_seqs=256"):
+        fit(model, LOAD, settings={"max_num_batched_tokens": "16"})
 
 
 def test_a_load_that_no_slice_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +121,10 @@ REPORT = AotReport(
 )
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Plan:
+def planned(monkeypatch: pytest.MonkeyPatch, *, settings: Mapping[str, str] | None = None, **changes: Any) -> Plan:
     report = dataclasses.replace(REPORT, **changes)
     monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: report)
-    return plan(LLAMA, parse_topology("v6e:2x4"), LOAD, settings={})
+    return plan(LLAMA, parse_topology("v6e:2x4"), LOAD, settings=settings or {})
 
 
 def test_memory_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +149,28 @@ def test_programs_that_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.fits
     assert found.sentence == (
         "llama-3.3-70b does not fit v6e:2x4 so: a device needs 31.7 GiB and has 31.2; it would with --memory-fraction "
-        "0.95, which makes the KV cache smaller."
+        "0.95, a smaller KV cache."
     )
     assert found.service is None
+
+
+def test_a_pool_of_so_many_pages_is_to_have_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """31.2 GiB less 0.625 of temporaries, 0.061 of code and 16 of weights leave 14.51 for pages of 3 MiB: 4,954."""
+    found = planned(monkeypatch, settings={"num_pages": "5120"}, num_pages=5120, kv_bytes=15 * GIB)
+    assert found.sentence == (
+        "llama-3.3-70b does not fit v6e:2x4 so: a device needs 31.7 GiB and has 31.2; it would with --num-pages 4954, "
+        "a smaller KV cache."
+    )
+
+
+def test_programs_that_leave_no_room_for_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    hungry = ProgramReport(name="decode", bucket=2048, compile_s=1, temporary_bytes=16 * GIB)
+    for settings in ({}, {"num_pages": "5000"}):
+        found = planned(monkeypatch, settings=settings, programs=(hungry,))
+        assert found.sentence == (
+            "llama-3.3-70b does not fit v6e:2x4 so: a device needs 44.1 GiB and has 31.2; it would with "
+            "--quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
+        )
 
 
 def test_a_pool_too_small_for_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +270,14 @@ def test_a_mesh_that_does_not_divide_is_remarked_on(monkeypatch: pytest.MonkeyPa
         "tensor=3 does not split the model's 32 query and 8 KV heads evenly: every device computes all of attention "
         "and holds all of the KV cache.",
     ]
+
+
+def test_chips_of_two_cores_are_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
+    said = "A TPU v5p has 2 TensorCores, of which the attention kernels use one; times are those of the whole chip."
+    for name, expected in (("v5p:2x2x1", [said]), ("v6e:2x2", []), ("tpu7x:2x2x1", []), ("h100:4", [])):
+        found = plan("qwen3-8b", parse_topology(name), LOAD, settings={"mesh": "tensor=4"})
+        assert [note for note in found.notes if "Core" in note] == expected
 
 
 def test_prices_by_chip(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ are dense.
 Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x: "System architecture"), which give the interconnect of a
 chip both ways and all links together; arXiv:2304.01433 for v4's six links of 50 GB/s; jax-ml.github.io/scaling-book
 ("How to Think About TPUs": which axes close to rings; "Sharded Matrices": about a microsecond a hop); NVIDIA's H100 and
-H200 data sheets (SXM), and arXiv:2507.04786 for a microsecond between GPUs.
+H200 data sheets (SXM), and arXiv:2507.04786 for a microsecond between GPUs. The largest slices are pods in the same TPU
+documents, of v5p the 96 cubes of 64 chips that one job can have, and of GPUs the eight of an HGX board.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Chip:
         gke_accelerator: Value of the node selector `cloud.google.com/gke-tpu-accelerator`, None off GKE's TPUs.
         slice_type: What the TPU runtime calls a slice, with {} for the number it counts (cores or chips).
         counted_per_chip: What the slice type counts in a chip.
+        max_chips: Chips of the largest slice.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Chip:
     gke_accelerator: str | None
     slice_type: str
     counted_per_chip: int
+    max_chips: int
 
     def peak_flops(self, number_format: str) -> float:
         """Operations a second with operands of a number format; of bfloat16 where it has no unit of its own."""
@@ -114,6 +117,7 @@ _CHIPS = (
         gke_accelerator="tpu-v4-podslice",
         slice_type="v4-{}",
         counted_per_chip=2,
+        max_chips=4096,
     ),
     Chip(
         name="v5e",
@@ -130,6 +134,7 @@ _CHIPS = (
         gke_accelerator="tpu-v5-lite-podslice",
         slice_type="v5litepod-{}",
         counted_per_chip=1,
+        max_chips=256,
     ),
     Chip(
         name="v5p",
@@ -146,6 +151,7 @@ _CHIPS = (
         gke_accelerator="tpu-v5p-slice",
         slice_type="v5p-{}",
         counted_per_chip=2,
+        max_chips=6144,
     ),
     Chip(
         name="v6e",
@@ -162,6 +168,7 @@ _CHIPS = (
         gke_accelerator="tpu-v6e-slice",
         slice_type="v6e-{}",
         counted_per_chip=1,
+        max_chips=256,
     ),
     Chip(
         name="tpu7x",
@@ -178,6 +185,7 @@ _CHIPS = (
         gke_accelerator="tpu7x",
         slice_type="tpu7x-{}",
         counted_per_chip=2,
+        max_chips=9216,
     ),
     Chip(
         name="h100",
@@ -194,6 +202,7 @@ _CHIPS = (
         gke_accelerator=None,
         slice_type="",
         counted_per_chip=1,
+        max_chips=8,
     ),
     Chip(
         name="h200",
@@ -210,6 +219,7 @@ _CHIPS = (
         gke_accelerator=None,
         slice_type="",
         counted_per_chip=1,
+        max_chips=8,
     ),
 )
 

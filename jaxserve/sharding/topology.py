@@ -28,7 +28,7 @@ from jaxserve.sharding.chips import CHIPS, Chip, chip_named
 Message: TypeAlias = dict[str, Any]
 """A JSON object from one process to another."""
 
-_NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d+(?:x\d+){0,2})")
+_NAME = re.compile(r"(?P<chip>\w+):(?P<grid>\d{1,9}(?:x\d{1,9}){0,2})")
 _ERROR_LINES = 6
 _ERROR = "jaxserve_error"
 _CHIPS_PER_HOST = 4
@@ -136,7 +136,7 @@ def parse_topology(name: str) -> Topology:
     """Reads `v6e:2x4` (v4, v5p and v7x have three axes, GPUs one number).
 
     Raises:
-        ConfigError: It is no topology; the message says what one looks like.
+        ConfigError: It is no topology, or larger than any slice; the message says what one looks like.
     """
     found = _NAME.fullmatch(name.lower())
     if found is None:
@@ -151,7 +151,14 @@ def parse_topology(name: str) -> Topology:
     if len(grid) != wanted or not all(grid):
         example = {1: "8", 2: "2x4", 3: "2x2x1"}[wanted]
         raise ConfigError(f"{name!r}: a topology of {chip.title} looks like {chip.name}:{example}.", param="topology")
-    return Topology(chip=chip, grid=grid)
+    topology = Topology(chip=chip, grid=grid)
+    if topology.num_chips > chip.max_chips:
+        raise ConfigError(
+            f"{topology} would be {topology.num_chips} chips, and the largest slice of {chip.title} has "
+            f"{chip.max_chips}; ask for a smaller one.",
+            param="topology",
+        )
+    return topology
 
 
 def environment(topology: Topology) -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.sharding.chips import CHIPS, GIB, chip_named
-from jaxserve.sharding.topology import DevicelessError, environment, parse_topology, run_deviceless
+from jaxserve.sharding.chips import CHIPS, GIB, Chip, chip_named
+from jaxserve.sharding.topology import DevicelessError, environment, parse_topology, run_deviceless, slices
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(
@@ -56,11 +56,22 @@ def test_what_gke_is_asked_for() -> None:
         ("v5p:2x2", "looks like v5p:2x2x1"),
         ("h100:2x4", "looks like h100:8"),
         ("v6e:0x4", "looks like v6e:2x4"),
+        ("v6e:1000x1000", "v6e:1000x1000 would be 1000000 chips, and the largest slice of TPU v6e .* has 256;"),
+        ("v5p:16x16x28", "would be 7168 chips, and .* has 6144; ask for a smaller one"),
+        ("h100:16", "would be 16 chips, and the largest slice of NVIDIA H100 SXM has 8;"),
+        (f"v6e:{'9' * 5000}x1", "is no topology"),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_topology(name)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_largest_slice_is_one(chip: Chip) -> None:
+    largest = {0: "8", 2: "16x16", 3: f"16x16x{chip.max_chips // 256}"}[chip.links.num_axes]
+    assert parse_topology(f"{chip.name}:{largest}").num_chips == chip.max_chips
+    assert max(each.num_chips for each in slices(chip)) <= chip.max_chips
 
 
 def test_v7x_is_an_alias() -> None:

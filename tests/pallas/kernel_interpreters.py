@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.gpu import decode, prefill
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import PrefillShape, PrefillTiles, prefill_tiles
 from jaxserve.pallas.paged_attention.gpu.tiles import DecodeShape, DecodeTiles, decode_tiles
+from jaxserve.pallas.paged_attention.tpu import decode as tpu_decode
+from jaxserve.pallas.paged_attention.tpu import prefill as tpu_prefill
+from jaxserve.pallas.paged_attention.tpu.decode_tiles import DecodeTiles as TpuDecodeTiles
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, SUBLANES, Core, Sizes
+from jaxserve.pallas.paged_attention.tpu.prefill_tiles import PrefillTiles as TpuPrefillTiles
 
 GPU_INTERPRETER = vars(plgpu).get("force_gpu_interpret_mode")
 """JAX has one since 0.12."""
@@ -51,12 +57,38 @@ class Runner:
         """The op must be traced inside."""
         if not self.is_interpreted:
             return contextlib.nullcontext()
-        if self.backend is Backend.TPU:
-            return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-        return _gpu_interpreter()
+        return _tpu_interpreter() if self.backend is Backend.TPU else _gpu_interpreter()
 
     def __str__(self) -> str:
         return self.backend.value
+
+
+@contextlib.contextmanager
+def _tpu_interpreter() -> Iterator[None]:
+    """Mosaic's interpreter, with attention's tiles so small that a few pages of context make several of each."""
+    with (
+        pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
+        mock.patch.object(tpu_decode, "choose_decode_tiles", small_decode_tiles),
+        mock.patch.object(tpu_prefill, "choose_tiles", small_prefill_tiles),
+    ):
+        yield
+
+
+def small_decode_tiles(sizes: Sizes, _: Core) -> TpuDecodeTiles:
+    """Two items an iteration, of as few tokens as fill whole registers."""
+    tokens = math.lcm(sizes.page_size, max(LANES // sizes.num_kv_heads, SUBLANES))
+    return TpuDecodeTiles(pages=tokens // sizes.page_size, items=2)
+
+
+def small_prefill_tiles(sizes: Sizes, _: Core) -> TpuPrefillTiles:
+    """The least of everything."""
+    return TpuPrefillTiles(
+        query_tokens=16,
+        block_tokens=16,
+        pages=math.lcm(sizes.page_size, LANES) // sizes.page_size,
+        unroll=2,
+        sum_by_matmul=sizes.lanes == LANES,
+    )
 
 
 @contextlib.contextmanager

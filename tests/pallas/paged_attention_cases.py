@@ -39,12 +39,13 @@ class Shape:
 
 SHAPES = {
     "mha": Shape(max_seqs=4, max_tokens=16, num_kv_heads=4, group=1, head_dim=16, page_size=4, pages_per_seq=5),
-    "gqa3": Shape(max_seqs=5, max_tokens=24, num_kv_heads=3, group=3, head_dim=64, page_size=8, pages_per_seq=4),
+    "gqa3": Shape(max_seqs=5, max_tokens=24, num_kv_heads=2, group=3, head_dim=128, page_size=8, pages_per_seq=4),
+    "heads3": Shape(max_seqs=5, max_tokens=24, num_kv_heads=3, group=3, head_dim=64, page_size=8, pages_per_seq=4),
     "gqa5": Shape(max_seqs=3, max_tokens=20, num_kv_heads=2, group=5, head_dim=32, page_size=16, pages_per_seq=2),
     "mqa8": Shape(max_seqs=4, max_tokens=16, num_kv_heads=1, group=8, head_dim=128, page_size=16, pages_per_seq=3),
     "gqa16": Shape(max_seqs=3, max_tokens=12, num_kv_heads=2, group=16, head_dim=16, page_size=2, pages_per_seq=9),
     "page1": Shape(max_seqs=3, max_tokens=12, num_kv_heads=2, group=2, head_dim=16, page_size=1, pages_per_seq=20),
-    "long": Shape(max_seqs=12, max_tokens=200, num_kv_heads=2, group=3, head_dim=32, page_size=16, pages_per_seq=45),
+    "long": Shape(max_seqs=12, max_tokens=200, num_kv_heads=2, group=3, head_dim=128, page_size=16, pages_per_seq=45),
 }
 
 

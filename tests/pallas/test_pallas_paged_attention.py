@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,113 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_interpreters import GPU, TPU, Runner, races_fail
-from kernel_interpreters import PLAIN as EVERYWHERE
-from paged_attention_cases import SHAPES, Case, Length, Shape, build, exact, from_pool, to_pool, tolerance
+from kernel_interpreters import Runner, races_fail
+from paged_attention_cases import SHAPES, Case, Length, build, from_pool, tolerance
+from paged_attention_checks import ALL, CAP, PLAIN, WINDOW, backends, check, compiled, dtypes, ragged, run
 
-from jaxserve.pallas.dispatch import Backend
 from jaxserve.pallas.paged_attention.api import AttentionConfig, paged_attention
 from jaxserve.quant.bits import storage_dtype
 
-PLAIN = AttentionConfig(scale=0.25, sliding_window=None, soft_cap=None)
-WINDOW = AttentionConfig(scale=0.25, sliding_window=5, soft_cap=None)
-CAP = AttentionConfig(scale=0.5, sliding_window=None, soft_cap=1.5)
-ALL = AttentionConfig(scale=0.3, sliding_window=7, soft_cap=2.0)
-
 MIXED = (Length(cached=9, new=1), Length(cached=0, new=1), Length(cached=5, new=4), Length(cached=0, new=6))
-
-KERNELS = (pytest.param(TPU, id="tpu"), GPU)
-
-# A kernel takes seconds a case in the interpreter: what runs by default is `test_the_kernels`, the rest is slow.
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        *EVERYWHERE,
-        *(
-            pytest.param(
-                *k.values, marks=[*k.marks, *([pytest.mark.slow] if k.values[0].is_interpreted else [])], id=k.id
-            )
-            for k in KERNELS
-        ),
-    ],
-    ids=str,
-)
 
 
 def examples(backend: Runner, most: int) -> int:
     """How many cases of a kind are worth their time."""
     return 1 if backend.is_interpreted else most
-
-
-def dtypes(backend: Runner, kv_dtype: str | None = None) -> dict[str, str]:
-    """Dtypes where a test has no wish, or one for the pool only: float32, which Hopper's kernels refuse."""
-    if backend.backend is Backend.GPU:
-        return {"dtype": "bfloat16", "kv_dtype": "bfloat16" if kv_dtype in (None, "float32") else kv_dtype}
-    return {"kv_dtype": kv_dtype or "float32"}
-
-
-@functools.cache
-def compiled(backend: Runner, config: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    op = functools.partial(paged_attention, config=config, target=backend.target)
-    return jax.jit(op, donate_argnums=3, compiler_options=options)
-
-
-def run(case: Case, config: AttentionConfig, backend: Runner) -> tuple[np.ndarray, np.ndarray]:
-    arrays = (jnp.asarray(x) for x in (case.q, case.k, case.v, case.kv_pages))
-    try:
-        with backend.traced(), races_fail():
-            out, kv_pages = compiled(backend, config)(*arrays, case.batch(), case.layer())
-            return np.asarray(out), np.asarray(kv_pages)
-    except NotImplementedError as error:
-        if backend.backend is not Backend.GPU:
-            raise
-        pytest.skip(f"refused: {error}")
-
-
-def check(case: Case, config: AttentionConfig, backend: Runner) -> tuple[np.ndarray, np.ndarray]:
-    out, kv_pages = run(case, config, backend)
-    assert out.dtype == case.q.dtype
-    assert out.shape == case.q.shape
-    check_pool(case, kv_pages)
-    expected = exact(case, kv_pages, config)
-    worst = np.abs(out.astype(np.float64) - expected.out)[: case.num_tokens] - expected.bound[: case.num_tokens]
-    assert np.isfinite(out.astype(np.float32)).all()
-    assert np.all(worst <= 0), f"off by {worst.max()} more than rounding allows"
-    assert not out[case.num_tokens :].any()
-    return out, kv_pages
-
-
-def check_pool(case: Case, kv_pages: np.ndarray) -> None:
-    """New tokens stand where they belong, up to one rounding; no other byte has changed."""
-    written = np.zeros(kv_pages.shape[:2], bool)
-    for s, rows in enumerate(case.rows()):
-        places = case.places(s, range(case.lengths[s].cached, case.lengths[s].context))
-        written[places] = True
-        for new, scale, offset in ((case.k, case.k_scale, 0), (case.v, case.v_scale, 1)):
-            wanted = new[rows].astype(np.float32) / (np.float32(1) if scale is None else scale)
-            got = from_pool(kv_pages[places][:, offset::2])
-            exact = from_pool(to_pool(wanted, kv_pages.dtype))
-            # A scaled quotient may round to the neighbouring element; an unscaled one must be exact.
-            slack = 0.0 if scale is None else 1.01 if kv_pages.dtype == np.int8 else 0.13 * np.abs(exact) + 2**-9
-            assert np.all(np.abs(got - exact) <= slack)
-    before, after = case.kv_pages[~written], kv_pages[~written]
-    assert before.tobytes() == after.tobytes()
-
-
-@st.composite
-def ragged(draw: st.DrawFn, shape: Shape) -> tuple[Length, ...]:
-    """Any batch that fits the shape: decodes first, then chunks, possibly none of either."""
-    num_seqs = draw(st.integers(0, shape.max_seqs))
-    num_decodes = draw(st.integers(0, num_seqs))
-    left = shape.max_tokens
-    lengths = []
-    for s in range(num_seqs):
-        after = num_seqs - s - 1
-        new = 1 if s < num_decodes else draw(st.integers(1, min(left - after, shape.max_context)))
-        left -= new
-        lengths.append(Length(cached=draw(st.integers(0, shape.max_context - new)), new=new))
-    return tuple(lengths)
 
 
 @backends
@@ -214,10 +119,20 @@ def test_output_does_not_depend_on_what_must_not_be_read(backend: Runner, kv_dty
         (Length(cached=0, new=24),),
         (Length(cached=8, new=24),),
         (Length(cached=7, new=2), Length(cached=8, new=8), Length(cached=15, new=14)),
+        (Length(cached=17, new=1), Length(cached=9, new=0), Length(cached=0, new=0), Length(cached=3, new=7)),
         # One-token chunks after longer ones are not decodes.
         (Length(cached=3, new=1), Length(cached=0, new=3), Length(cached=12, new=1)),
     ],
-    ids=["empty", "one_token", "full_decodes", "full_prefill", "full_context", "page_borders", "late_single"],
+    ids=[
+        "empty",
+        "one_token",
+        "full_decodes",
+        "full_prefill",
+        "full_context",
+        "page_borders",
+        "empty_chunks",
+        "late_single",
+    ],
 )
 def test_edges(backend: Runner, lengths: Sequence[Length]) -> None:
     check(build(SHAPES["gqa3"], lengths, seed=3, **dtypes(backend)), PLAIN, backend)
@@ -249,7 +164,7 @@ def test_long_contexts_and_chunks(backend: Runner, window: int | None) -> None:
         Length(cached=590, new=125),
     )
     if backend.is_interpreted:
-        lengths = (Length(cached=719, new=1), Length(cached=255, new=20))
+        lengths = (Length(cached=719, new=1), Length(cached=64, new=1), Length(cached=255, new=20))
     config = AttentionConfig(scale=0.2, sliding_window=window, soft_cap=None)
     case = build(SHAPES["long"], lengths, sinks=window == 100, share=3, seed=window or 0, **dtypes(backend))
     check(case, config, backend)
@@ -342,59 +257,3 @@ def test_agrees_with_the_ragged_paged_attention_of_jax(
             soft_cap=config.soft_cap,
         )
     np.testing.assert_allclose(out[: case.num_tokens], expected, rtol=0, atol=tolerance(case))
-
-
-SMALL = Shape(max_seqs=4, max_tokens=12, num_kv_heads=2, group=3, head_dim=64, page_size=16, pages_per_seq=2)
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize(
-    ("config", "kv_dtype", "lengths"),
-    [
-        (PLAIN, "bfloat16", (Length(cached=17, new=1), Length(cached=0, new=1), Length(cached=14, new=5))),
-        (ALL, "int8", (Length(cached=20, new=1), Length(cached=30, new=2), Length(cached=0, new=4))),
-    ],
-    ids=["plain", "everything"],
-)
-def test_the_kernels(backend: Runner, config: AttentionConfig, kv_dtype: str, lengths: Sequence[Length]) -> None:
-    """The cases that run by default; with races, NaN and scales."""
-    case = build(SMALL, lengths, dtype="bfloat16", kv_dtype=kv_dtype, scales=kv_dtype == "int8", sinks=config is ALL)
-    check(case, config, backend)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("config", [PLAIN, ALL], ids=["plain", "all"])
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
-def test_random_ragged_batches_of_the_kernels(backend: Runner, config: AttentionConfig, data: st.DataObject) -> None:
-    lengths = data.draw(ragged(SMALL))
-    wide = ("float32", "float32") if backend is TPU else ("float16", "float16")
-    dtype, kv_dtype = data.draw(st.sampled_from([wide, ("bfloat16", "bfloat16")]))
-    seed = data.draw(st.integers(0, 2**16))
-    case = build(SMALL, lengths, dtype=dtype, kv_dtype=kv_dtype, sinks=config is ALL, share=seed % 2, seed=seed)
-    check(case, config, backend)
-
-
-@backends
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_head_dims(backend: Runner, head_dim: int) -> None:
-    shape = dataclasses.replace(SMALL, head_dim=head_dim)
-    lengths = (Length(cached=17, new=1), Length(cached=14, new=5))
-    check(build(shape, lengths, dtype="bfloat16", kv_dtype="bfloat16", seed=head_dim), PLAIN, backend)
-
-
-@backends
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 64), (8, 1), (4, 7), (2, 16)])
-def test_heads(backend: Runner, kv_heads: int, group: int) -> None:
-    shape = dataclasses.replace(SMALL, num_kv_heads=kv_heads, group=group)
-    lengths = (Length(cached=17, new=1), Length(cached=14, new=5))
-    check(build(shape, lengths, dtype="bfloat16", kv_dtype="bfloat16", seed=group), PLAIN, backend)
-
-
-@backends
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
-def test_page_sizes(backend: Runner, page_size: int) -> None:
-    shape = dataclasses.replace(SMALL, page_size=page_size, pages_per_seq=max(1, 64 // page_size) + 1)
-    lengths = (Length(cached=page_size, new=1), Length(cached=page_size - 3, new=5))
-    check(build(shape, lengths, dtype="bfloat16", kv_dtype="bfloat16", seed=page_size), PLAIN, backend)

@@ -37,8 +37,8 @@ class PoolLayout:
         num_layers: L.
         num_pages: Pages of each layer.
         page_size: Tokens a page holds.
-        num_kv_heads: K, as stored (repeated heads counted).
-        head_dim: H.
+        num_kv_heads: K, as stored (repeated heads and `held_heads` counted).
+        head_dim: H, as stored.
         dtype: Element type.
     """
 
@@ -95,6 +95,30 @@ def tiled(rows: int, lanes: int, dtype: jnp.dtype) -> tuple[int, int]:
     few = max(_WORD_BYTES // dtype.itemsize, 1 << (rows - 1).bit_length())
     multiple = min(_SUBLANES, few)
     return -(-rows // multiple) * multiple, -(-lanes // _LANES) * _LANES
+
+
+def held_heads(num_kv_heads: int, head_dim: int, dtype: jnp.dtype, *, num_shards: int) -> tuple[int, int]:
+    """KV heads and head dim of a pool for TPU kernels: as a TPU holds them anyway, so that a page has no gaps.
+
+    A page of a power of two of heads of 128 can be read as rows of words, which the decode kernel wants; 3 heads of
+    64 take the memory of 4 of 128 as it is. What pads a head stays zero.
+
+    Args:
+        num_kv_heads: K, repeated heads counted.
+        head_dim: H.
+        dtype: Element type.
+        num_shards: Devices that would split the heads.
+
+    Returns:
+        K and H to hold: those given, if others would take more memory or the devices do not split the heads.
+    """
+    if num_kv_heads % num_shards:
+        return num_kv_heads, head_dim
+    local = num_kv_heads // num_shards
+    wide = 1 << (local - 1).bit_length()
+    if tiled(2 * local, head_dim, dtype) != (2 * wide, _LANES):
+        return num_kv_heads, head_dim
+    return wide * num_shards, _LANES
 
 
 def _platform(mesh: Mesh) -> str:

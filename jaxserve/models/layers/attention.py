@@ -66,12 +66,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T D"],
-        kv_pages: Shaped[Array, "P page_size K2 H"],
+        kv_pages: Shaped[Array, "P page_size rows lanes"],
         *,
         batch: RaggedBatch,
         layer: AttentionLayer,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size K2 H"]]:
+    ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size rows lanes"]]:
         """Attends from each token to its sequence's context; see `pallas.paged_attention.api`."""
         num_tokens = x.shape[0]
         qkv = self.qkv(x)
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        kv_pages: Shaped[Array, "P page_size K2 H"],
+        kv_pages: Shaped[Array, "P page_size rows lanes"],
         batch: RaggedBatch,
         layer: AttentionLayer,
     ) -> tuple[Array, Array]:

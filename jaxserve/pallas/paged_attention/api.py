@@ -40,13 +40,13 @@ def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv_pages: Shaped[Array, "P page_size K2 H"],
+    kv_pages: Shaped[Array, "P page_size rows lanes"],
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     config: AttentionConfig,
     target: Target = ANYWHERE,
-) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size K2 H"]]:
+) -> tuple[Float[Array, "T N H"], Shaped[Array, "P page_size rows lanes"]]:
     """Writes the new keys and values into the pages and attends causally over each sequence's context.
 
     Rows past the batch's last token are padding: they may hold anything, write nothing, and come back as zeros. Nothing
@@ -56,7 +56,8 @@ def paged_attention(
         q: [T, N, H]; N query heads, N / K of them to a KV head.
         k: [T, K, H].
         v: [T, K, H].
-        kv_pages: [P, page_size, 2 * K, H] in one of the formats of `cache`; int8 needs both scales.
+        kv_pages: [P, page_size, 2 * K, H] in one of the formats of `cache`; int8 needs both scales. The pool may hold
+            more heads and wider ones than there are (`kv.pool.held_heads`); they are written as zeros.
         batch: Sequences, pages and positions.
         layer: The layer's place in the pool, its sinks and its scales.
         config: Static facts about the model's attention.
@@ -77,7 +78,25 @@ def paged_attention(
     _check_config(config)
     run = select("paged_attention", BACKENDS, target)
     with interpreted(target), jax.named_scope("paged_attention"):
-        return run(q, k, v, kv_pages, batch, layer, config=config)
+        *tokens, wide = _widened(q, k, v, kv_pages, layer)
+        out, kv_pages = run(*tokens, kv_pages, batch, wide, config=config)
+        return out[:, : q.shape[1], : q.shape[2]], kv_pages
+
+
+def _widened(
+    q: Array, k: Array, v: Array, kv_pages: Array, layer: AttentionLayer
+) -> tuple[Array, Array, Array, AttentionLayer]:
+    """Queries, keys, values and sinks with as many KV heads and elements a head as the pool holds."""
+    num_kv_heads, head_dim = k.shape[1:]
+    num_held, held_dim = kv_pages.shape[2] // 2, kv_pages.shape[3]
+    if (num_held, held_dim) == (num_kv_heads, head_dim):
+        return q, k, v, layer
+    group = q.shape[1] // num_kv_heads
+    more = (0, num_held - num_kv_heads), (0, held_dim - head_dim)
+    k, v = (jnp.pad(x, ((0, 0), *more)) for x in (k, v))
+    q = jnp.pad(q, ((0, 0), (0, group * more[0][1]), more[1]))
+    sinks = None if layer.sinks is None else jnp.pad(layer.sinks, (0, q.shape[1] - layer.sinks.shape[0]))
+    return q, k, v, dataclasses.replace(layer, sinks=sinks)
 
 
 def prepared(batch: RaggedBatch, *, group: int, target: Target = ANYWHERE) -> RaggedBatch:
@@ -111,9 +130,13 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 
 
 def _check_pages(k: Array, kv_pages: Array, layer: AttentionLayer) -> None:
-    wanted = (2 * k.shape[1], k.shape[2])
-    if kv_pages.ndim != 4 or kv_pages.shape[2:] != wanted:
-        raise ValueError(f"pages {kv_pages.shape} must be [P, page_size, {wanted[0]}, {wanted[1]}] to hold k {k.shape}")
+    heads, head_dim = k.shape[1:]
+    wanted, padded = (2 * heads, head_dim), (2 << (heads - 1).bit_length(), 128)
+    if kv_pages.ndim != 4 or kv_pages.shape[2:] not in (wanted, padded) or kv_pages.shape[3] < head_dim:
+        raise ValueError(
+            f"pages {kv_pages.shape} must be [P, page_size, {wanted[0]}, {wanted[1]}] to hold k {k.shape}, or "
+            f"{padded} of them in a pool padded for TPUs"
+        )
     if format_of(kv_pages.dtype) not in FORMATS:
         raise ValueError(f"pages must hold one of {', '.join(FORMATS)}, not {kv_pages.dtype}")
     if kv_pages.dtype == jnp.int8 and (layer.k_scale is None or layer.v_scale is None):

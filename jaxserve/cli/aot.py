@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
+from jaxserve.cli.signals import terminable
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     cases = read_cases(arguments.topologies or default_topologies_dir())
     cases = [case for case in cases if all(_is_named(case, text) for text in arguments.only)]
     started = time.monotonic()
-    with ProgressDisplay() as progress:
+    with terminable(), ProgressDisplay() as progress:
         outcomes = list(run_cases(cases, largest_only=arguments.largest, progress=progress))
     if arguments.json:
         print(json.dumps([outcome.as_json() for outcome in outcomes], indent=1))

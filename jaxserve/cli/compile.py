@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.signals import terminable
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.install(level="warning")
     given = vars(arguments)
-    with ProgressDisplay() as progress:
+    with terminable(), ProgressDisplay() as progress:
         written = compile_bundle(
             arguments.model,
             arguments.topology,

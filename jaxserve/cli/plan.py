@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive, positives
+from jaxserve.cli.signals import terminable
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 from jaxserve.core.errors import ConfigError
 from jaxserve.sharding.chips import chip_named
@@ -107,7 +108,7 @@ def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
     from jaxserve.sharding.topology import parse_topology
 
     topologies = [parse_topology(name) for name in arguments.topology]
-    with ProgressDisplay() as progress:
+    with terminable(), ProgressDisplay() as progress:
         plans = [
             plan(
                 arguments.model,

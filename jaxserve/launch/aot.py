@@ -1,6 +1,6 @@
 """Every program of a replica compiled for a slice that is not here, and what the compiler says of each.
 
-`aot_report` starts processes that can compile for the topology (`sharding.topology.run_deviceless`) and deals the
+`aot_report` starts processes that can compile for the topology (`sharding.topology.deviceless`) and deals the
 programs out to them; this module is what runs there, too. The programs are the ones serving would compile, lowered from
 the same abstract arguments. Processes and not threads, for libtpu 0.0.42 dies when two programs are compiled for a v7x
 at once (`engine.compile.compiles_at_once`), and lowering holds Python's lock.
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, count, zip_longest
 from pathlib import Path
@@ -30,13 +31,14 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.collectives import Collective, collectives
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import (
+    Deviceless,
     Message,
     Topology,
     abstract_devices,
     answer,
+    deviceless,
     parse_topology,
     reply,
-    run_deviceless,
 )
 
 NUM_PROCESSES = 2
@@ -217,13 +219,14 @@ def aot_report(
         if progress is not None:
             progress(f"compile for {topology}", next(done), message["total"])
 
-    def compile_part(part: int) -> AotReport:
-        share = {**request, "part": part, "parts": parts}
-        return AotReport.from_json(run_deviceless(topology, "jaxserve.launch.aot", share, on_message=told))
+    def compile_part(part: int, process: Deviceless) -> AotReport:
+        return AotReport.from_json(process.ask({**request, "part": part, "parts": parts}, told))
 
     told({"total": 1})
-    with ThreadPoolExecutor(parts) as pool:
-        first, *others = pool.map(compile_part, range(parts))
+    # The processes end before the threads that wait for them, or an interrupt would wait, too.
+    with ThreadPoolExecutor(parts) as pool, ExitStack() as stack:
+        processes = [stack.enter_context(deviceless(topology, "jaxserve.launch.aot")) for _ in range(parts)]
+        first, *others = pool.map(compile_part, range(parts), processes)
     dealt = zip_longest(first.programs, *(report.programs for report in others))
     return replace(first, programs=tuple(each for each in chain.from_iterable(dealt) if each is not None))
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import jax
 
@@ -236,6 +238,80 @@ class DevicelessError(JaxserveError):
     """Compiling without devices failed in the process that did it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deviceless:
+    """A process that compiles for a topology and waits for its one request; see `deviceless`.
+
+    Attributes:
+        topology: What it compiles for.
+        process: The process.
+        log: What it writes to standard error.
+    """
+
+    topology: Topology
+    process: subprocess.Popen[str]
+    log: IO[str]
+
+    def ask(self, request: Message, on_message: Callable[[Message], None] | None = None) -> Message:
+        """Sends the request and waits for the answer.
+
+        Args:
+            request: What the module is told.
+            on_message: Told every object but the last as it comes.
+
+        Raises:
+            ConfigError: The module raised an error of ours.
+            DevicelessError: The process failed; the message ends with what it said last.
+        """
+        said = _converse(self.process, request, on_message)
+        if said is None:
+            self.log.seek(0)
+            lines = [line.strip() for line in self.log if line.strip()][-_ERROR_LINES:]
+            raise DevicelessError(
+                f"Compiling for {self.topology} failed: {' | '.join(lines) or 'the process died silently'}"
+            )
+        if _ERROR in said:
+            raise ConfigError(said[_ERROR])
+        return said
+
+
+@contextlib.contextmanager
+def deviceless(
+    topology: Topology, module: str, *, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Deviceless]:
+    """Starts a module in a process that can compile for a topology; it and its temporary files end with the context.
+
+    The module reads one JSON object from standard input, a line, and writes JSON objects to standard output, a line
+    each; the last one is its answer. Standard input stays open for as long as this process wants the answer: when it
+    closes, because this process was killed, that one ends, too.
+
+    Args:
+        topology: What to compile for.
+        module: What runs, as `python -m module`.
+        variables: What its environment holds besides, such as flags of the compiler.
+
+    Raises:
+        ConfigError: The compiler is missing.
+    """
+    require_compiler(topology)
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        tempfile.TemporaryDirectory(prefix="jaxserve-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=child_environment({**environment(topology), "TMPDIR": folder, **variables}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        try:
+            yield Deviceless(topology=topology, process=process, log=log)
+        finally:
+            process.kill()
+
+
 def run_deviceless(
     topology: Topology,
     module: str,
@@ -244,10 +320,7 @@ def run_deviceless(
     on_message: Callable[[Message], None] | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Message:
-    """Runs a module in a process that can compile for a topology.
-
-    The module reads one JSON object from standard input and writes JSON objects to standard output, a line each; the
-    last one is its answer.
+    """Asks one thing of a `deviceless` process.
 
     Args:
         topology: What to compile for.
@@ -260,29 +333,8 @@ def run_deviceless(
         ConfigError: The compiler is missing, or the module raised an error of ours.
         DevicelessError: The process failed; the message ends with what it said last.
     """
-    require_compiler(topology)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        with subprocess.Popen(
-            [sys.executable, "-m", module],
-            env=child_environment({**environment(topology), **variables}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        ) as process:
-            try:
-                said = _converse(process, request, on_message)
-            finally:
-                process.kill()
-        if said is None:
-            log.seek(0)
-            lines = [line.strip() for line in log if line.strip()][-_ERROR_LINES:]
-            raise DevicelessError(
-                f"Compiling for {topology} failed: {' | '.join(lines) or 'the process died silently'}"
-            )
-        if _ERROR in said:
-            raise ConfigError(said[_ERROR])
-        return said
+    with deviceless(topology, module, variables=variables) as process:
+        return process.ask(request, on_message)
 
 
 def reply(message: Message) -> None:
@@ -297,11 +349,19 @@ def answer(respond: Callable[[Message], Message]) -> None:
     Args:
         respond: Turns the request into the answer; errors of ours become the caller's.
     """
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_caller, name="jaxserve-caller", daemon=True).start()
     try:
         reply(respond(request))
     except JaxserveError as error:
         reply({_ERROR: error.message})
+
+
+def _end_with_caller() -> None:
+    """Ends this process once nobody holds the other end of its standard input; nothing else comes in there."""
+    # The descriptor itself: a thread that waits in `sys.stdin` would hold its lock when the interpreter ends.
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 def _converse(
@@ -310,9 +370,12 @@ def _converse(
     """Sends the request and reads messages to the end; the last one, or None if the process failed."""
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it died before it read; what it said tells why
-        json.dump(request, process.stdin)
-        process.stdin.close()
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:  # it died before it read; what it said tells why
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
     last: Message | None = None
     for line in process.stdout:
         if last is not None and on_message is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from jaxserve.cli import build_parser, main, serve
 from jaxserve.cli.settings_page import settings_page
+from jaxserve.cli.signals import terminable
 from jaxserve.core.config import MeshShape, ServeConfig
 from jaxserve.core.errors import CheckpointError, ConfigError
 
@@ -105,6 +108,23 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("jaxserve.cli.version.versions", interrupt)
     assert main(["version"]) == 130
+
+
+def test_termination_cleans_up_as_an_interrupt_does() -> None:
+    def be_terminated() -> None:
+        with terminable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                cleaned.append(True)
+
+    before, cleaned = signal.getsignal(signal.SIGTERM), list[bool]()
+    with pytest.raises(SystemExit) as left:
+        be_terminated()
+    assert left.value.code == 143
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -191,6 +193,33 @@ def test_the_optimised_program_is_found_among_what_a_compiler_dumps(tmp_path: Pa
 def test_settings_that_cannot_be_served_are_the_callers() -> None:
     with pytest.raises(ConfigError, match="max_model_len=999999 is beyond the model's 8192"):
         aot_report(MODEL, parse_topology("v6e:1x1"), settings={"max_model_len": "999999"}, wanted=())
+
+
+def test_one_process_that_fails_ends_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread waits for as long as its process lives, and nobody wants the answer any more."""
+    asked, ended = threading.Event(), threading.Event()
+    ended_in_time = []
+
+    class Worker:
+        def ask(self, request: dict[str, int], on_message: object) -> dict[str, int]:
+            if request["part"] == 0:
+                assert asked.wait(10)
+                raise ConfigError("no")
+            asked.set()
+            ended_in_time.append(ended.wait(10))
+            return {}
+
+    @contextmanager
+    def start(*_: object) -> Iterator[Worker]:
+        try:
+            yield Worker()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("jaxserve.launch.aot.deviceless", start)
+    with pytest.raises(ConfigError, match="no"):
+        aot_report(MODEL, parse_topology("v6e:1x1"))
+    assert ended_in_time == [True]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.sharding.chips import CHIPS, GIB, Chip, chip_named
-from jaxserve.sharding.topology import DevicelessError, environment, parse_topology, run_deviceless, slices
+from jaxserve.sharding.topology import (
+    DevicelessError,
+    deviceless,
+    environment,
+    parse_topology,
+    run_deviceless,
+    slices,
+)
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(
@@ -103,6 +115,34 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 def test_what_a_dead_process_said_last_is_in_the_error() -> None:
     with pytest.raises(DevicelessError, match=r"v6e:1x1 failed: .*No module named no_such_module"):
         run_deviceless(parse_topology("v6e:1x1"), "no_such_module", {})
+
+
+def test_a_process_does_not_outlive_its_caller() -> None:
+    """It has its request while standard input is open, and ends when that closes, as it does when the caller dies."""
+    command = [sys.executable, "-m", "deviceless_sleeper"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write('{"wanted": 1}\n')
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline()) == {"asked": {"wanted": 1}}
+            process.stdin.close()
+            assert process.wait(timeout=10) == 1
+        finally:
+            process.kill()
+
+
+@needs_libtpu
+def test_a_process_ends_with_its_context_and_so_do_its_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with deviceless(parse_topology("v6e:1x1"), "deviceless_sleeper") as worker:
+        [folder] = tmp_path.iterdir()
+        (folder / "dump").touch()
+    assert worker.process.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_libtpu

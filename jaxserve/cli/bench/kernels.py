@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter
+from jaxserve.cli.signals import terminable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,7 @@ def _run_static(arguments: argparse.Namespace) -> int:
     shapes = chosen(STATIC_SHAPES, arguments.problem)
     kernels = _kernels(STATIC, arguments.kernels)
     runs = []
-    with ProgressDisplay() as progress:
+    with terminable(), ProgressDisplay() as progress:
         for topology in topologies:
             runs.append((topology, report_kernels(topology, kernels, shapes, progress)))
     text = json.dumps(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter
+from jaxserve.cli.signals import terminable
 
 if TYPE_CHECKING:
     from jaxserve.bench.tuner import Scorer, Tuning
@@ -76,7 +77,7 @@ def _tune_chip(arguments: argparse.Namespace, chip: Chip, score: Scorer, by: str
     shapes, what = chosen(TUNED_SHAPES, arguments.problem), f"Tuning for {chip.title}"
     folder = arguments.folder or FOLDER
     tunings: list[Tuning] = []
-    with ProgressDisplay() as progress:
+    with terminable(), ProgressDisplay() as progress:
         progress(what, 0, len(shapes))
         for name, shape in shapes.items():
             tunings.append(tune(name, shape, chip, score))

@@ -24,7 +24,7 @@ from jaxserve.pallas.dispatch import Backend, Target
 from jaxserve.pallas.paged_attention.gpu import decode, prefill
 from jaxserve.pallas.paged_attention.gpu.prefill_tiles import PrefillShape, PrefillTiles, prefill_tiles
 from jaxserve.pallas.paged_attention.gpu.tiles import DecodeShape, DecodeTiles, decode_tiles
-from jaxserve.pallas.paged_attention.tpu import decode as tpu_decode
+from jaxserve.pallas.paged_attention.tpu import op as tpu_op
 from jaxserve.pallas.paged_attention.tpu import prefill as tpu_prefill
 from jaxserve.pallas.paged_attention.tpu.decode_tiles import DecodeTiles as TpuDecodeTiles
 from jaxserve.pallas.paged_attention.tpu.prefill_tiles import LANES, SUBLANES, Core, Sizes
@@ -68,7 +68,7 @@ def _tpu_interpreter() -> Iterator[None]:
     """Mosaic's interpreter, with attention's tiles so small that a few pages of context make several of each."""
     with (
         pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
-        mock.patch.object(tpu_decode, "choose_decode_tiles", small_decode_tiles),
+        mock.patch.object(tpu_op, "choose_decode_tiles", small_decode_tiles),
         mock.patch.object(tpu_prefill, "choose_tiles", small_prefill_tiles),
     ):
         yield

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
@@ -47,6 +48,19 @@ def sink_rows(sinks: Float[Array, " N"]) -> Float[Array, "N 128"]:
     """Base-2 logits of the sinks, in all lanes of a row a head."""
     base2 = sinks.astype(jnp.float32) * jnp.float32(LOG2_E)
     return jnp.broadcast_to(base2[:, None], (sinks.shape[0], LANES))
+
+
+def matmul(a: Array, b: Array, contracted: int) -> Float[Array, "rows columns"]:
+    """The product over a's columns and a dimension of b, summed in float32; float32 is multiplied exactly.
+
+    Args:
+        a: [rows, n].
+        b: [n, columns] or [columns, n], of the same dtype.
+        contracted: Which dimension of b is n.
+    """
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)
 
 
 def current_core() -> Core:

@@ -33,6 +33,7 @@ from jaxserve.pallas.paged_attention.tpu.calls import (
     START,
     attention_factors,
     current_core,
+    matmul,
     sink_rows,
     table_rows,
 )
@@ -395,7 +396,7 @@ def _weigh(plan: Plan, refs: Refs, facts: Facts, u: int, state: State) -> State:
     weights = [jnp.exp2(refs.logits[u, :, c : c + LANES] - peak) for c in range(0, g.columns, LANES)]
     total = functools.reduce(jnp.add, weights, jnp.where(is_first, jnp.float32(weight), total) * decay)
     values = keys_or_values(plan, refs.ring.at[facts.slot, u], values=True)
-    added = _matmul(plan, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
+    added = matmul(jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
     acc = jnp.where(is_first, jnp.float32(0), acc) * decay + added
     mean = acc * (refs.factors[1] / jnp.sum(total, axis=1, keepdims=True))
     refs.result[facts.seq] = mean.astype(g.query_dtype)
@@ -415,7 +416,7 @@ def _products(plan: Plan, refs: Refs, facts: Facts, u: int) -> Array:
     """Dot products of an item's keys and its sequence's queries, [N, columns]."""
     seq = jnp.minimum(facts.seq, plan.geometry.max_tokens - 1)
     query = (refs.queries[seq].astype(jnp.float32) * refs.factors[0]).astype(plan.geometry.dtype)
-    return _matmul(plan, query, keys_or_values(plan, refs.ring.at[facts.slot, u], values=False), 1)
+    return matmul(query, keys_or_values(plan, refs.ring.at[facts.slot, u], values=False), 1)
 
 
 def _store_logits(plan: Plan, refs: Refs, facts: Facts, u: int, products: Array, own_head: Array) -> None:
@@ -439,10 +440,3 @@ def _store_logits(plan: Plan, refs: Refs, facts: Facts, u: int, products: Array,
         refs.logits[u, :, c : c + LANES] = part
         top = jnp.maximum(top, part)
     refs.tops[u] = top
-
-
-def _matmul(plan: Plan, a: Array, b: Array, contracted: int) -> Array:
-    """The product over a's columns and dimension `contracted` of b, summed in float32."""
-    precision = jax.lax.Precision.HIGHEST if plan.geometry.dtype == jnp.float32 else None
-    dims = (((1,), (contracted,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)

@@ -27,7 +27,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Shaped
 
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
-from jaxserve.pallas.paged_attention.tpu.calls import LOG2_E, attention_factors, current_core, sink_rows, table_rows
+from jaxserve.pallas.paged_attention.tpu.calls import (
+    LOG2_E,
+    attention_factors,
+    current_core,
+    matmul,
+    sink_rows,
+    table_rows,
+)
 from jaxserve.pallas.paged_attention.tpu.prefill_layout import (
     aligned,
     divide,
@@ -75,7 +82,7 @@ def prefill(
         `out` with the chunks' rows, and the pool.
 
     Raises:
-        NotImplementedError: Not even the smallest tiles fit into VMEM.
+        NotImplementedError: Not even the smallest tiles fit into VMEM, or rows of the page table into SMEM.
     """
     sizes = Sizes(
         page_size=kv_pages.shape[1],
@@ -373,7 +380,7 @@ def _score(plan: Plan, refs: Refs, span: Span, unit: Scalar, slot: int, ahead: S
     """Logits of a unit, and the maximum so far."""
     g = plan.geometry
     rows, h = _rows(g, unit), jax.lax.rem(unit, g.num_kv_heads)
-    x = _matmul(g, refs.q[rows, :], keys_or_values(plan, refs.k, h, span), 1)
+    x = matmul(refs.q[rows, :], keys_or_values(plan, refs.k, h, span), 1)
     if plan.config.soft_cap is not None:
         x = jnp.tanh(x) * jnp.float32(plan.config.soft_cap * LOG2_E)
     if ahead is not None:
@@ -394,18 +401,11 @@ def _weigh(plan: Plan, refs: Refs, span: Span, unit: Scalar, slot: int) -> None:
     values = keys_or_values(plan, refs.v, h, span)
     if g.tiles.sum_by_matmul:
         values = jnp.concatenate([values, jnp.ones((span.width, LANES), g.dtype)], axis=1)
-    added = _matmul(g, jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
+    added = matmul(jnp.concatenate([w.astype(g.dtype) for w in weights], axis=1), values, 0)
     total = added[:, g.lanes :] if g.tiles.sum_by_matmul else functools.reduce(jnp.add, weights)
     refs.total[rows, :] = refs.total[rows, :] * decay + total
     wide = jnp.concatenate([decay] * (g.lanes // LANES), axis=1)
     refs.acc[rows, :] = refs.acc[rows, :] * wide + added[:, : g.lanes]
-
-
-def _matmul(g: Geometry, a: Array, b: Array, contracted: int) -> Array:
-    """The product over a's columns and dimension `contracted` of b, summed in float32."""
-    precision = jax.lax.Precision.HIGHEST if g.dtype == jnp.float32 else None
-    dims = (((1,), (contracted,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)
 
 
 def _visible(plan: Plan, span: Span, ahead: Scalar) -> Array:

@@ -34,6 +34,9 @@ NARROW_TOKENS = 512
 SPARE_BYTES = 2 << 20
 """Room for the compiler's own scratch; beside it registers are spilled, in proportion to the logits of a unit."""
 
+TABLE_BYTES = 768 << 10
+"""Most SMEM for rows of the page table, of 1 MiB that cores have: numbers of sequences lie there, too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillTiles:
@@ -144,6 +147,11 @@ class Sizes:
         )
 
     @property
+    def table_bytes(self) -> int:
+        """SMEM of the prefill kernel's two rows of the page table."""
+        return 2 * 4 * _round_up(self.max_context // self.page_size, LANES)
+
+    @property
     def heads_at_once(self) -> int:
         """Query heads that are put in order by one iteration."""
         return next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if self.num_heads % n == 0)
@@ -245,8 +253,10 @@ def choose_tiles(sizes: Sizes, core: Core) -> PrefillTiles:
         core: Where it will run.
 
     Raises:
-        NotImplementedError: Not even the smallest tiles fit into VMEM.
+        NotImplementedError: Not even the smallest tiles fit into VMEM, or rows of the page table into SMEM.
     """
+    if sizes.table_bytes > TABLE_BYTES:
+        raise NotImplementedError(f"two rows of {sizes.max_context // sizes.page_size} pages do not fit into SMEM")
     found: Any = None if sizes.sliding_window else tuned_tiles(core.chip, KERNEL, sizes.problem)
     if found is not None and fits(sizes, core, tiles := PrefillTiles(**found)):
         return tiles

@@ -81,13 +81,17 @@ def select(op: str, backends: Mapping[Backend, Callable[P, R]], target: Target =
             not raise NotImplementedError.
 
     Raises:
-        ConfigError: The op has no such backend.
+        ConfigError: The op has no such backend, or it is one for GPUs, and this is none; a TPU's can be interpreted.
     """
     chosen = target.backend
     if chosen is not None:
         if chosen not in backends:
             names = ", ".join(backends)
             raise ConfigError(f"{op} has no backend {chosen}; it has {names}.", param="backend")
+        if chosen is Backend.GPU and target.resolved_platform != "gpu":
+            raise ConfigError(
+                f"{op}'s backend gpu runs on GPUs only, not on {target.resolved_platform}.", param="backend"
+            )
         return backends[chosen]
     candidates = [b for b in preference(target.resolved_platform) if b in backends]
     if not candidates:

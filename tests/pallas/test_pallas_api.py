@@ -115,6 +115,14 @@ def test_missing_backends_are_config_errors() -> None:
         select("op", {Backend.TPU: refuse}, Target(platform="cpu"))
 
 
+def test_a_backend_for_gpus_is_refused_elsewhere() -> None:
+    backends = {Backend.GPU: lambda x: f"gpu {x}", Backend.XLA: refuse}
+    assert select("op", backends, Target(platform="gpu", backend=Backend.GPU))(5) == "gpu 5"
+    for platform in (None, "cpu", "tpu"):
+        with pytest.raises(ConfigError, match="backend gpu runs on GPUs only"):
+            select("op", backends, Target(platform=platform, backend=Backend.GPU))
+
+
 def test_every_platform_ends_with_what_runs_anywhere() -> None:
     assert preference("cpu") == (Backend.XLA, Backend.REFERENCE)
     assert preference("gpu") == (Backend.GPU, Backend.XLA, Backend.REFERENCE)

@@ -107,10 +107,6 @@ class Loop:
                 cycles, surplus = cycles - branch.cycles, surplus - branch.dma_starts
         return cycles
 
-    def slot_use(self, capacity: Mapping[str, int]) -> dict[str, float]:
-        """Share of the slots of each kind that are taken, by kind."""
-        return {kind: used / (capacity[kind] * self.own_cycles) for kind, used in self.used_slots.items()}
-
     def mxu_fraction(self, *, array_size: int, flops_per_cycle: int) -> float:
         """Share of the matrix units' peak that is issued, padding included.
 
@@ -130,19 +126,15 @@ class KernelSchedule:
         name: As the compiler calls it.
         cycles: Of its text, each bundle once.
         loops: In order of their start.
-        capacity: Slots of a bundle, by kind.
         memory_bytes: Highest byte in use, by memory space ("vmem", "smem", ...).
         spilled_vectors: Vector registers spilled anywhere in the kernel.
-        spilled_scalars: Scalar registers spilled anywhere.
     """
 
     name: str
     cycles: int
     loops: tuple[Loop, ...]
-    capacity: Mapping[str, int]
     memory_bytes: Mapping[str, int]
     spilled_vectors: int
-    spilled_scalars: int
 
     @property
     def hot_loop(self) -> Loop | None:
@@ -188,17 +180,15 @@ def read_kernel(folder: Path, prefix: str, name: str) -> KernelSchedule:
     """
     bundles = read_bundles(_dump(folder, prefix, SCHEDULE))
     capacity, used = _read_slots(_dump(folder, prefix, SLOTS))
-    memory, vectors, scalars = _read_allocations(_dump(folder, prefix, ALLOCATIONS))
+    memory, vectors = _read_allocations(_dump(folder, prefix, ALLOCATIONS))
     if len(used) != len(bundles):
         raise ValueError(f"{name}: {len(bundles)} bundles but {len(used)} lines of slots; is this a new format?")
     return KernelSchedule(
         name=name,
         cycles=len(bundles),
         loops=tuple(_count(span, bundles, capacity, used) for span in find_loops(bundles)),
-        capacity=capacity,
         memory_bytes=memory,
         spilled_vectors=vectors,
-        spilled_scalars=scalars,
     )
 
 
@@ -226,17 +216,17 @@ def _read_slots(text: str) -> tuple[dict[str, int], list[tuple[int, ...]]]:
     return dict(zip(kinds, capacity, strict=True)), used
 
 
-def _read_allocations(text: str) -> tuple[dict[str, int], int, int]:
-    """Bytes by memory space, and how many vector and scalar registers are spilled."""
+def _read_allocations(text: str) -> tuple[dict[str, int], int]:
+    """Bytes by memory space, and how many vector registers are spilled."""
     memory: Counter[str] = Counter()
-    spilled: Counter[str] = Counter()
+    spilled_vectors = 0
     for found in {match["id"]: match for match in _ALLOCATION.finditer(text)}.values():
         tag, space = found["tag"], found["space"]
-        if tag.startswith("spilled"):
-            spilled[space] += 1
+        if tag.startswith("spilled") and space == "vmem":
+            spilled_vectors += 1
         if "constant byte address" not in tag:
             memory[space] = max(memory[space], int(found["offset"], 0) + int(found["size"], 0))
-    return dict(memory), spilled["vmem"], spilled["smem"]
+    return dict(memory), spilled_vectors
 
 
 def _count(span: Span, bundles: Sequence[Bundle], capacity: Mapping[str, int], used: Sequence[tuple[int, ...]]) -> Loop:

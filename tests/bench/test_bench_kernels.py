@@ -59,10 +59,8 @@ def schedule(*loops: Loop) -> KernelSchedule:
         name="attention.1",
         cycles=10_000,
         loops=loops,
-        capacity={},
         memory_bytes={"vmem": 3 << 20, "smem": 64},
         spilled_vectors=7,
-        spilled_scalars=0,
     )
 
 

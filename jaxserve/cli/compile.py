@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,13 +39,15 @@ def add_command(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compiles."""
-    from jaxserve.launch.compile import compile_bundle
+    from jaxserve.launch.compile import CPU, compile_bundle
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.telemetry import logging
 
     logging.install(level="warning")
     given = vars(arguments)
-    with terminable(), ProgressDisplay() as progress:
+    # Compiling in this process cannot be interrupted; nothing is left behind if the signal ends it.
+    leaving = nullcontext() if arguments.topology == CPU else terminable()
+    with leaving, ProgressDisplay() as progress:
         written = compile_bundle(
             arguments.model,
             arguments.topology,
@@ -60,5 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.out}: {written.num_programs} programs for {written.topology}, "
             f"{written.num_bytes / (1 << 20):.1f} MiB."
         )
-        print(f"jaxserve serve {arguments.model} --bundle {arguments.out}")
+        signed = "" if arguments.key is None else f" --bundle-key {arguments.key}"
+        print(f"jaxserve serve {arguments.model} --bundle {arguments.out}{signed}")
     return 0

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ResolvedConfig, ServeConfig, load
 from jaxserve.engine.programs import Key, Program, Replica, programs
-from jaxserve.launch.build import Progress, plan_replica
+from jaxserve.launch.build import Progress, plan_replica, require_attention
 from jaxserve.launch.bundle import serialized
 from jaxserve.models.costs import device_bytes
 from jaxserve.models.spec import ModelSpec
@@ -173,10 +173,12 @@ def config_for(model: str, settings: Mapping[str, str], topology: Topology) -> S
         topology: The slice.
 
     Raises:
-        ConfigError: A setting is unknown or wrong.
+        ConfigError: A setting is unknown or wrong, or not for such a slice.
     """
     mesh = {"mesh": f"tensor={topology.num_devices}"}
-    return load({**mesh, **settings, "model": model}, environ={})
+    config = load({**mesh, **settings, "model": model}, environ={})
+    require_attention(config, topology.chip.platform)
+    return config
 
 
 def aot_report(

@@ -45,7 +45,7 @@ from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.costs import weight_bytes
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
-from jaxserve.pallas.dispatch import Backend
+from jaxserve.pallas.dispatch import Backend, preference
 from jaxserve.quant.bits import storage_dtype
 from jaxserve.sampling.validate import SamplingLimits
 from jaxserve.sharding.mesh import TENSOR, make_mesh
@@ -54,6 +54,9 @@ from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_MAX_PAGES = (1 << 31) - 1
+"""Pages of all layers together: their numbers are int32."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -104,6 +107,26 @@ def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     return None if source is None else ChatTemplate(source, tokenizer.special_tokens, tool_source=tools)
 
 
+def require_attention(config: ServeConfig, platform: str) -> None:
+    """Makes sure that the attention that was asked for runs on a platform.
+
+    Args:
+        config: What was asked for.
+        platform: JAX's name of it.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    # JAX interprets a TPU's kernels on CPUs.
+    possible = (*preference(platform), *((Backend.TPU,) if platform == "cpu" else ()))
+    if config.attention is not None and config.attention not in possible:
+        raise ConfigError(
+            f"--attention {config.attention} does not run on a {platform.upper()}; use {', '.join(possible)}, or leave "
+            "it out for the best.",
+            param="attention",
+        )
+
+
 def plan_replica(
     config: ServeConfig, spec: ModelSpec, mesh: Mesh, *, device_memory_bytes: int | None = None
 ) -> tuple[Replica, ResolvedConfig]:
@@ -119,6 +142,7 @@ def plan_replica(
         ConfigError: The settings contradict each other, the model, or the memory there is.
     """
     device = mesh.devices.flat[0]
+    require_attention(config, device.platform)
     repeat = kv_repeat(spec.num_heads, spec.num_kv_heads, mesh)
     guess = jnp.dtype(config.dtype or auto_dtype(device.platform, spec.dtype))
     blueprint = Blueprint.of(
@@ -147,6 +171,12 @@ def plan_replica(
         )
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
+    if layout.shape[0] > _MAX_PAGES:
+        raise ConfigError(
+            f"num_pages={layout.num_pages} is too many: {spec.num_layers} layers have room for "
+            f"{_MAX_PAGES // spec.num_layers} each, for the pages of all of them are numbered with 32 bits; lower it.",
+            param="num_pages",
+        )
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
     )
@@ -215,7 +245,10 @@ def _open(config: ServeConfig) -> Bundle | None:
     key = read_key(config.bundle_key)
     if config.bundle is None:
         if key is not None:
-            raise ConfigError("bundle_key is set and no bundle to check with it; set bundle, too.", param="bundle_key")
+            raise ConfigError(
+                "--bundle-key checks the bundle that --bundle names, and none is named; give both or neither.",
+                param="bundle_key",
+            )
         return None
     return open_bundle(config.bundle, key)
 

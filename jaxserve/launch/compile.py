@@ -21,6 +21,7 @@ from jaxserve.launch.aot import abstract_replica, config_for
 from jaxserve.launch.build import Progress, plan_replica
 from jaxserve.launch.bundle import read_key, require_place, write_bundle
 from jaxserve.launch.origin import Origin, cpu_features
+from jaxserve.pallas.dispatch import Backend
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import Message, answer, parse_topology, reply, run_deviceless
 
@@ -127,6 +128,12 @@ def _compile(
     spec = spec_of(model)
     if topology == CPU:
         config = load({**settings, "model": model}, environ={})
+        if config.attention == Backend.TPU:
+            raise ConfigError(
+                "--attention tpu is interpreted on CPUs, step by step, and leaves no executable to store; leave it "
+                "out, or compile for a slice with --topology.",
+                param="attention",
+            )
         shape, elsewhere = config.mesh, None
         mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor, devices=processors())
         replica, resolved = plan_replica(config, spec, mesh)

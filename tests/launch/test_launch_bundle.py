@@ -281,7 +281,7 @@ def test_a_key_without_a_bundle_is_refused(folder: Path) -> None:
     source = resolve_source(str(MODEL), cache_dir=folder)
     spec = load_spec(source)
     model = Model(source=source, spec=spec, tokenizer=byte_tokenizer(spec), chat_template=None, name="tiny")
-    with pytest.raises(ConfigError, match="bundle_key is set and no bundle"):
+    with pytest.raises(ConfigError, match="--bundle-key checks the bundle that --bundle names"):
         build_engine(config, model)
 
 

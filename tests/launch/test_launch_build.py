@@ -1,0 +1,64 @@
+"""What is refused before anything is compiled or loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxserve.checkpoint.sources import spec_of
+from jaxserve.cli import main
+from jaxserve.core.config import ServeConfig
+from jaxserve.core.errors import ConfigError
+from jaxserve.launch.aot import config_for
+from jaxserve.launch.build import plan_replica, require_attention
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.sharding.topology import parse_topology
+
+MODEL = "random:smollm2-135m"
+SPEC = spec_of(MODEL)
+MOST_PAGES = (2**31 - 1) // SPEC.num_layers
+
+
+@pytest.mark.parametrize(
+    ("attention", "platform", "instead"),
+    [
+        ("gpu", "tpu", "tpu, xla, reference"),
+        ("tpu", "gpu", "gpu, xla, reference"),
+        ("gpu", "cpu", "xla, reference, tpu"),
+    ],
+)
+def test_attention_that_a_platform_cannot_run(attention: str, platform: str, instead: str) -> None:
+    message = f"--attention {attention} does not run on a {platform.upper()}; use {instead}, or leave"
+    with pytest.raises(ConfigError, match=message):
+        require_attention(ServeConfig(attention=attention), platform)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("attention", [None, "xla", "reference", "the platform's"])
+def test_attention_that_it_can(attention: str | None, platform: str) -> None:
+    chosen = {"cpu": "tpu"}.get(platform, platform) if attention == "the platform's" else attention
+    require_attention(ServeConfig(attention=chosen), platform)
+
+
+def test_replicas_and_slices_are_asked() -> None:
+    """Serve, compile and bench plan a replica; plan and aot also learn it before they start a process."""
+    with pytest.raises(ConfigError, match="--attention gpu does not run on a CPU"):
+        plan_replica(ServeConfig(model=MODEL, attention="gpu"), SPEC, make_mesh())
+    with pytest.raises(ConfigError, match="--attention gpu does not run on a TPU"):
+        config_for(MODEL, {"attention": "gpu"}, parse_topology("v6e:1x1"))
+
+
+def test_interpreted_kernels_are_not_compiled_into_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", MODEL, "--attention", "tpu", "--out", str(tmp_path / "made")]) == 2
+    assert capsys.readouterr().err.startswith("jaxserve: --attention tpu is interpreted on CPUs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pages_of_all_layers_have_a_number() -> None:
+    config = ServeConfig(model=MODEL, num_pages=MOST_PAGES)
+    replica, _ = plan_replica(config, SPEC, make_mesh())
+    assert replica.layout.num_pages == MOST_PAGES
+    with pytest.raises(ConfigError, match=f"={MOST_PAGES + 1} is too many: 30 layers have room for {MOST_PAGES}"):
+        plan_replica(replace(config, num_pages=MOST_PAGES + 1), SPEC, make_mesh())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
 from jaxserve.cli.signals import terminable
+from jaxserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -29,7 +30,13 @@ def add_command(commands: Commands) -> None:
         "exchange nothing that the sharding does not call for.",
     )
     parser.add_argument("--topologies", metavar="DIR", type=Path, help="folder of slices (default: configs/topologies)")
-    parser.add_argument("--only", metavar="TEXT", action="append", default=[], help="only slices or presets named so")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only this slice (v6e:2x4) or this preset; given again, only what all of them name",
+    )
     parser.add_argument("--largest", action="store_true", help="each program in its largest size only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -42,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxserve.telemetry import logging
 
     logging.install(level="info")
-    cases = read_cases(arguments.topologies or default_topologies_dir())
-    cases = [case for case in cases if all(_is_named(case, text) for text in arguments.only)]
+    folder = arguments.topologies or default_topologies_dir()
+    cases = chosen(read_cases(folder), arguments.only, folder)
     started = time.monotonic()
     with terminable(), ProgressDisplay() as progress:
         outcomes = list(run_cases(cases, largest_only=arguments.largest, progress=progress))
@@ -58,8 +65,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 
-def _is_named(case: Case, text: str) -> bool:
-    return text in (case.model, str(case.topology))
+def chosen(cases: list[Case], names: list[str], folder: Path) -> list[Case]:
+    """The cases that every name is the slice or the preset of.
+
+    Args:
+        cases: What there is.
+        names: Slices and presets.
+        folder: Where the cases are from.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if not cases:
+        raise ConfigError(f"--topologies: {folder} has no .json file of a slice and its presets; name another folder.")
+    slices = dict.fromkeys(str(case.topology) for case in cases)
+    models = dict.fromkeys(case.model for case in cases)
+    wrong = [name for name in names if name not in slices and name not in models]
+    if wrong:
+        raise ConfigError(
+            f"--only: {', '.join(map(repr, wrong))} is none of the slices {', '.join(slices)} and none of the presets "
+            f"{', '.join(models)}."
+        )
+    found = [case for case in cases if {str(case.topology), case.model}.issuperset(names)]
+    if not found:
+        raise ConfigError(f"--only: nothing is at once {' and '.join(names)}; name a slice, a preset, or one of each.")
+    return found
 
 
 def _table(outcomes: list[Outcome], seconds: float) -> object:

@@ -5,6 +5,7 @@ Whatever can hang (JAX looking for devices, a host of the slice that does not an
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -202,9 +203,17 @@ def check_port(host: str, port: int) -> Finding:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
     except OSError as error:
-        advice = "End what listens there, or choose another with --port."
+        advice = _listening_advice(error)
         return Finding(name="port", status="problem", found=f"{host}:{port}: {error.strerror or error}", advice=advice)
     return Finding(name="port", status="ok", found=f"{host}:{port} is free")
+
+
+def _listening_advice(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "End what listens there, or choose another with --port."
+    if isinstance(error, PermissionError):
+        return "Ports below 1024 may be root's alone; choose another with --port."
+    return "That is no address of this machine; give one with --host, such as 127.0.0.1, or 0.0.0.0 for all it has."
 
 
 def check_cluster(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, port
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -27,7 +27,7 @@ def add_command(commands: Commands) -> None:
         formatter_class=DefaultsFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address the server would listen on")
-    parser.add_argument("--port", type=natural, default=8000, help="port it would listen on")
+    parser.add_argument("--port", type=port, default=8000, help="port it would listen on")
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="cache directory, if not the usual one")
     parser.add_argument(
         "--timeout", type=above_zero, default=60.0, metavar="S", help="longest JAX may take to find its devices"

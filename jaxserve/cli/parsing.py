@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+MAX_PORT = 65535
+
+
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows a flag's default where there is one."""
 
@@ -26,6 +29,14 @@ def natural(text: str) -> int:
     return _at_least(text, 0)
 
 
+def port(text: str) -> int:
+    """A TCP port; 0 takes a free one."""
+    value = natural(text)
+    if value > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is beyond {MAX_PORT}, the last port")
+    return value
+
+
 def positives(text: str) -> tuple[int, ...]:
     """Comma-separated integers of at least 1."""
     return tuple(positive(part) for part in text.split(","))
@@ -33,14 +44,20 @@ def positives(text: str) -> tuple[int, ...]:
 
 def above_zero(text: str) -> float:
     """A number greater than 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
     return value
 
 
 def _at_least(text: str, low: int) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
     if value < low:
         raise argparse.ArgumentTypeError(f"{text} is not at least {low}")
     return value

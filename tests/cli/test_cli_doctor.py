@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -34,6 +35,34 @@ def test_a_problem_fails_and_says_what_to_do(capsys: pytest.CaptureFixture[str],
     text = capsys.readouterr().out
     assert "problem" in text
     assert "--port" in text
+
+
+@pytest.mark.parametrize("host", ["1.2.3.4", "no.such.host.invalid", "1:2:3"])
+def test_a_host_that_is_not_here_is_not_the_ports_fault(host: str) -> None:
+    finding = checks.check_port(host, 0)
+    assert finding.status == "problem"
+    assert "--host" in finding.advice
+    assert "--port" not in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"), [(OSError(errno.EADDRINUSE, ""), "End what"), (PermissionError(), "1024")]
+)
+def test_ports_that_cannot_be_had(error: OSError, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    finding = checks.check_port("127.0.0.1", 80)
+    assert advice in finding.advice
+    assert "--port" in finding.advice
+
+
+def test_a_port_beyond_the_last_is_a_wrong_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--port", "99999"])
+    assert left.value.code == 2
+    assert "argument --port: 99999 is beyond 65535, the last port" in capsys.readouterr().err
 
 
 def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -285,6 +286,26 @@ def test_a_model_that_is_too_large_is_no_failure(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('{"topology": "v5e:2x4"}')
     with pytest.raises(ConfigError, match='needs "topology"'):
         read_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--only", "nosuch"),
+            "--only: 'nosuch' is none of the slices tpu7x:2x2x1, v5e:2x4, .* presets .*llama-3.1-8b",
+        ),
+        (("--only", "v6e-1x1"), "'v6e-1x1' is none of the slices .*v6e:1x1"),
+        (("--only", ""), "'' is none of"),
+        (("--only", "v5e:2x4", "--only", "v6e:2x4"), "nothing is at once v5e:2x4 and v6e:2x4"),
+        (("--topologies", "/nonexist"), "--topologies: /nonexist has no .json file"),
+    ],
+)
+def test_nothing_to_check_is_no_success(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["aot", *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_command_prints_whole_names_and_fails_on_a_problem(

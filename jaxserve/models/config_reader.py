@@ -28,6 +28,7 @@ class ConfigReader:
         self.origin = origin
         self.problems: list[str] = []
         self._read: set[str] = set()
+        self._refused: set[str] = set()
 
     def has(self, key: str) -> bool:
         """Whether the key is there with a value."""
@@ -38,9 +39,15 @@ class ConfigReader:
         self._read.add(key)
         return self.values.get(key)
 
-    def wrong(self, problem: str) -> None:
-        """Notes a problem for `finish`."""
-        self.problems.append(problem)
+    def wrong(self, problem: str, *keys: str) -> None:
+        """Notes a problem for `finish`.
+
+        Args:
+            problem: What is wrong, as a clause.
+            keys: Whose values it is about; if one of them was refused, that is the problem, and this one is not noted.
+        """
+        if not self._refused.intersection(keys):
+            self.problems.append(problem)
 
     def integer(self, key: str, absent: int | None = None) -> int:
         """A positive integer; without `absent` it is required."""
@@ -128,7 +135,8 @@ class ConfigReader:
 
     def _refuse(self, key: str, value: object, expected: str, stand_in: _T) -> _T:
         found = "missing" if value is None else f"{_short(value)}"
-        self.problems.append(f"{key} must be {expected} and is {found}")
+        self.wrong(f"{key} must be {expected} and is {found}", key)
+        self._refused.add(key)
         return stand_in
 
 

@@ -164,7 +164,10 @@ def spec_from_hf(config: ConfigReader, generation: ConfigReader, traits: DenseTr
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", absent=num_heads)
     if num_heads % num_kv_heads:
-        config.wrong(f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}")
+        config.wrong(
+            f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}",
+            *("num_attention_heads", "num_key_value_heads"),
+        )
     max_position = config.integer("max_position_embeddings")
     bos = config.token_ids("bos_token_id") or ()
     config_eos = config.token_ids("eos_token_id")
@@ -200,7 +203,10 @@ def hf_head_dim(config: ConfigReader) -> int:
     """`head_dim`; configs without the key mean hidden_size / num_attention_heads."""
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     if not config.has("head_dim") and hidden_size % num_heads:
-        config.wrong(f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_heads}")
+        config.wrong(
+            f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_heads}",
+            *("hidden_size", "num_attention_heads"),
+        )
     return config.integer("head_dim", absent=max(1, hidden_size // num_heads))
 
 
@@ -234,13 +240,16 @@ def _check_layer_types(config: ConfigReader, types: list[object], slides: list[b
     if unknown:
         config.wrong(f"layer_types has {', '.join(unknown)}, which is not supported")
     elif [kind == "sliding_attention" for kind in types] != slides:
-        config.wrong("layer_types contradicts num_hidden_layers, use_sliding_window or sliding_window")
+        config.wrong(
+            "layer_types contradicts num_hidden_layers, use_sliding_window or sliding_window",
+            *("num_hidden_layers", "use_sliding_window", "sliding_window"),
+        )
 
 
 def _activation(config: ConfigReader) -> Activation:
     name = config.text("hidden_act")
     if name not in _ACTIVATIONS:
-        config.wrong(f"hidden_act = {name!r} is not supported (only {', '.join(_ACTIVATIONS)})")
+        config.wrong(f"hidden_act = {name!r} is not supported (only {', '.join(_ACTIVATIONS)})", "hidden_act")
     return _ACTIVATIONS.get(name, Activation.SILU)
 
 
@@ -248,7 +257,7 @@ def _hf_dtype(config: ConfigReader) -> str:
     older = config.text("torch_dtype", absent="float32")
     dtype = config.text("dtype", absent=older).removeprefix("torch.")
     if dtype not in _DTYPES:
-        config.wrong(f"dtype = {dtype!r} is not supported (only {', '.join(_DTYPES)})")
+        config.wrong(f"dtype = {dtype!r} is not supported (only {', '.join(_DTYPES)})", "dtype", "torch_dtype")
     return dtype
 
 

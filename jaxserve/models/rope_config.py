@@ -54,7 +54,9 @@ def _hf_scaling(section: ConfigReader) -> LinearRopeScaling | Llama3RopeScaling 
             high_freq_factor=section.number("high_freq_factor"),
             original_max_len=section.integer("original_max_position_embeddings"),
         )
-    section.wrong(f"rope type {kind!r} is not supported (only default, linear, llama3)")
+    section.wrong(f"rope type {kind!r} is not supported (only default, linear, llama3)", "type", "rope_type")
+    for key in section.values:  # whatever they mean to it
+        section.take(key)
     return None
 
 

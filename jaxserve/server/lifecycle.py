@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -42,14 +43,21 @@ class StopSignal:
     Attributes:
         drain: Finish what is in flight, then end.
         abort: Do not wait for it any longer.
+        failed: There is no engine, and nothing to drain.
     """
 
     drain: asyncio.Event = field(default_factory=asyncio.Event)
     abort: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def next(self) -> None:
         """Drain at the first call, abort at the second."""
         (self.abort if self.drain.is_set() else self.drain).set()
+
+    def fail(self) -> None:
+        """The engine did not start."""
+        self.failed.set()
+        self.drain.set()
 
 
 class _Server(uvicorn.Server):
@@ -75,8 +83,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"Cannot listen on {host} port {port}: {reason}; choose another.", param="--port") from error
+        # `create_server` adds to the reason what it tried.
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            param, advice = "--port", "choose another with --port"
+        else:
+            param, advice = "--host", "--host must be an address of this machine"
+        raise ConfigError(f"Cannot listen on {host} port {port}: {reason}; {advice}.", param=param) from error
 
 
 def serve_app(
@@ -105,6 +118,7 @@ def serve_app(
         ConfigError: The address cannot be listened on.
     """
     sock = listen(host, port)
+    _LOG.info("listening on %s port %d", host, sock.getsockname()[1])
     starting = _Starting(start)
 
     async def main() -> None:
@@ -112,7 +126,7 @@ def serve_app(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.next)
-        starting.begin(lambda: loop.call_soon_threadsafe(stop.drain.set))
+        starting.begin(lambda: loop.call_soon_threadsafe(stop.fail))
         await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -139,6 +153,7 @@ async def serve(
         lifespan="off",
         access_log=False,
         log_config=None,
+        log_level=logging.WARNING,  # what it tells of itself, this module tells of the server
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_S,
     )
@@ -147,7 +162,8 @@ async def serve(
     stopping = asyncio.create_task(stop.drain.wait())
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        await _drain(engine, drain_deadline_s, stop.abort)
+        if not stop.failed.is_set():
+            await _drain(engine, drain_deadline_s, stop.abort)
     finally:
         server.should_exit = True
         stopping.cancel()

@@ -173,6 +173,25 @@ def test_each_wrong_value_is_named(key: str, value: object) -> None:
         read(LLAMA, **{key: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"hidden_size": "x"}, "hidden_size must be a positive integer and is 'x'"),
+        ({"num_attention_heads": None}, "num_attention_heads must be a positive integer and is missing"),
+        ({"hidden_act": None}, "hidden_act must be a string and is missing"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope type 'yarn' is not supported (only default, linear, llama3)",
+        ),
+    ],
+)
+def test_one_mistake_is_one_problem(changes: dict[str, object], problem: str) -> None:
+    """Not twice for a key that is read twice, and nothing that follows from it."""
+    with pytest.raises(CheckpointError) as caught:
+        read(LLAMA, **changes)
+    assert str(caught.value).endswith(f"faithfully: {problem}.")
+
+
 def test_keys_without_effect_are_ignored() -> None:
     surplus = {
         "transformers_version": "4.48.0",

@@ -323,11 +323,23 @@ class TestProcess:
         with process("raise ValueError('no such checkpoint')") as (child, _):
             assert await asyncio.to_thread(child.wait, 30) == 1
             assert child.stderr is not None
-            assert "no such checkpoint" in child.stderr.read()
+            lines = child.stderr.read().splitlines()
+        assert lines[-1] == "ValueError: no such checkpoint"
+        logged = [json.loads(line)["message"] for line in lines if line.startswith("{")]
+        assert [message.split(" port ")[0] for message in logged] == ["listening on 127.0.0.1"], "nothing to drain"
+
+
+@pytest.mark.parametrize("host", ["1.2.3.4", "no.such.host.invalid"])
+def test_a_host_that_is_not_here_is_not_the_ports_fault(host: str) -> None:
+    with pytest.raises(ConfigError, match="--host must be an address of this machine"):
+        listen(host, 0)
 
 
 def test_taken_port_is_one_sentence() -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=r"Cannot listen on 127\.0\.0\.1 port"):
+    with (
+        listen("127.0.0.1", 0) as taken,
+        pytest.raises(ConfigError, match=r"Cannot listen on 127\.0\.0\.1 port .* choose another with --port\."),
+    ):
         listen("127.0.0.1", taken.getsockname()[1])
 
 

@@ -51,11 +51,11 @@ def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None, fi
             tqdm_class=_reporter(progress),
         )
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
-        raise CheckpointError(_explanation(repo_id, error)) from error
+        raise CheckpointError(_explanation(repo_id, error, offline=offline)) from error
     return Path(folder)
 
 
-def _explanation(repo_id: str, error: Exception) -> str:
+def _explanation(repo_id: str, error: Exception, *, offline: bool) -> str:
     where = f"https://huggingface.co/{repo_id}"
     match error:
         case errors.GatedRepoError():
@@ -66,6 +66,11 @@ def _explanation(repo_id: str, error: Exception) -> str:
             )
         case errors.HFValidationError():
             return f"{repo_id!r} is not a valid Hugging Face repository id ({error})."
+        case errors.LocalEntryNotFoundError() if offline:
+            return (
+                f"{repo_id} is not complete in the local Hugging Face cache, and --offline fetches nothing; leave that "
+                "out once, or give the path of a downloaded folder."
+            )
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
             return (
                 f"{repo_id} is not complete in the local Hugging Face cache and the hub cannot be reached; check the "

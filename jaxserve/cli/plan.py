@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
@@ -31,7 +32,9 @@ def add_command(commands: Commands) -> None:
         "rates. No weights are read. Takes the flags of serve that decide shapes.",
         formatter_class=DefaultsFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a preset, a Hugging Face id, a folder or a .gguf file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a preset, a Hugging Face id, a folder, a .gguf file, or random:PRESET"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--topology", metavar="T", action="append", default=[], help="a slice, such as v6e:2x4; may repeat"
@@ -73,8 +76,8 @@ def _prices(text: str) -> Mapping[str, float]:
             prices[chip_named(name).name if name else ""] = above_zero(price)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(error.message) from error
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{part!r} is no price; write 2.70, or v6e=2.70,h100=3") from error
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; write 2.70, or v6e=2.70,h100=3") from error
     return prices
 
 
@@ -105,9 +108,14 @@ def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
     from jaxserve.launch.plan import plan
     from jaxserve.launch.plan_report import as_json, tables
     from jaxserve.launch.progress import ProgressDisplay
-    from jaxserve.sharding.topology import parse_topology
+    from jaxserve.sharding.topology import parse_topology, require_compiler
 
     topologies = [parse_topology(name) for name in arguments.topology]
+    _require_priced(arguments.price, topologies)
+    if len(topologies) > 1:
+        # Before the first is compiled; a single one may turn out to need no compiler.
+        for topology in topologies:
+            require_compiler(topology)
     with terminable(), ProgressDisplay() as progress:
         plans = [
             plan(
@@ -133,6 +141,17 @@ def _plan(arguments: argparse.Namespace, workload: Workload) -> int:
     return 0 if all(each.fits for each in plans) else 1
 
 
+def _require_priced(prices: Mapping[str, float], topologies: Sequence[Topology]) -> None:
+    chips = {topology.chip.name for topology in topologies}
+    others = [name for name in prices if name and name not in chips]
+    if others:
+        raise ConfigError(
+            f"--price: none of the slices asked for is of {' or '.join(others)}; add one with --topology, or leave the "
+            "price out.",
+            param="price",
+        )
+
+
 def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
     from jaxserve.launch.fit import fit
     from jaxserve.launch.plan_report import fit_json, fit_table
@@ -144,5 +163,22 @@ def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
     elif candidates:
         console().print(fit_table(arguments.model, workload, candidates, prices))
     else:
-        print(f"No slice holds {arguments.model} with {workload.concurrency} such requests; ask for fewer.")
+        print(f"No slice holds {arguments.model} {_why_none(arguments, workload)}.")
     return 0 if candidates else 1
+
+
+def _why_none(arguments: argparse.Namespace, workload: Workload) -> str:
+    """Whether it is the load or the model that is too large, and what may help."""
+    from jaxserve.launch.fit import fit
+
+    least = replace(workload, input_len=1, output_len=1, concurrency=1)
+    if fit(arguments.model, least, settings=settings_of(arguments), offline=arguments.offline):
+        return (
+            f"with {workload.concurrency} requests of {workload.longest} tokens at once; ask for fewer or shorter ones"
+        )
+    flags = [
+        *(["--quantization int8"] if arguments.quantization is None else []),
+        *(["another --mesh"] if arguments.mesh is not None else []),
+        *(["another --num-pages"] if arguments.num_pages is not None else []),
+    ]
+    return f"so, whatever the load; try {' or '.join(flags)}" if flags else "so, whatever the load"

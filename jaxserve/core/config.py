@@ -352,7 +352,7 @@ def load(
         except ValueError as error:
             problems.append(f"{origin}: {error}")
     if problems:
-        raise ConfigError(f"Wrong settings: {'; '.join(problems)}. See `jaxserve serve --help`.")
+        raise ConfigError(f"Wrong settings: {'; '.join(problems)}. --help describes them.")
     return ServeConfig(**values)  # type: ignore[arg-type]  # each value came out of its own field's parser
 
 

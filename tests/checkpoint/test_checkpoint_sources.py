@@ -204,6 +204,17 @@ def test_hub_errors_say_what_to_do(
         resolve("me/model", tmp_path)
 
 
+def test_offline_is_not_the_networks_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise errors.LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="--offline fetches nothing; leave that out once"):
+        hub.fetch_snapshot("me/model", offline=True, progress=None)
+    with pytest.raises(CheckpointError, match="check the network"):
+        hub.fetch_snapshot("me/model", offline=False, progress=None)
+
+
 def test_hub_models_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 

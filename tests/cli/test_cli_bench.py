@@ -51,6 +51,11 @@ def test_wrong_flags(flags: str) -> None:
     assert left.value.code == 2
 
 
+def test_only_tpus_are_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tune", "--topology", "h100:1"]) == 2
+    assert "only TPUs' kernels have tiles to tune, and h100:1 has no TPU" in capsys.readouterr().err
+
+
 def test_a_prompt_is_longer_than_its_prefix() -> None:
     assert main(["bench", "serve", "--input-len", "8", "--prefix-len", "8"]) == 2
 

@@ -291,7 +291,7 @@ def test_prices_by_chip(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("price", "message"),
-    [("-1", "-1 is not greater than 0"), ("v9=1", "'v9' is no chip"), ("much", "'much' is no price; write 2.70")],
+    [("-1", "-1 is not greater than 0"), ("v9=1", "'v9' is no chip"), ("much", "'much' is no number; write 2.70")],
 )
 def test_prices_that_are_none(capsys: pytest.CaptureFixture[str], price: str, message: str) -> None:
     with pytest.raises(SystemExit):

@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.install(level="warning" if arguments.json else "info")
     topologies = [parse_topology(name) for name in arguments.topology]
     for topology in topologies:
+        if topology.chip.platform != "tpu":
+            raise ConfigError(f"--topology: only TPUs' kernels have tiles to tune, and {topology} has no TPU.")
         require_compiler(topology)
     results = {}
     for topology in topologies:

@@ -42,12 +42,17 @@ def positives(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
-def above_zero(text: str) -> float:
-    """A number greater than 0."""
+def number(text: str) -> float:
+    """A number."""
     try:
-        value = float(text)
+        return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+
+
+def above_zero(text: str) -> float:
+    """A number greater than 0."""
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
     return value

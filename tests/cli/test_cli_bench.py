@@ -51,6 +51,13 @@ def test_wrong_flags(flags: str) -> None:
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize("flag", ["--spread", "--temperature", "--timeout", "--rate"])
+def test_words_for_numbers(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "serve", flag, "much"])
+    assert f"argument {flag}: 'much' is no number" in capsys.readouterr().err
+
+
 def test_only_tpus_are_tuned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "tune", "--topology", "h100:1"]) == 2
     assert "only TPUs' kernels have tiles to tune, and h100:1 has no TPU" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural, number, positive, positives
 
 if TYPE_CHECKING:
     from jaxserve.bench.serve import Plan
@@ -59,7 +59,7 @@ def add_command(subjects: Commands) -> None:
         "--num-prefixes", type=positive, default=1, metavar="N", help="how many different shared prefixes"
     )
     what.add_argument("--prompt-kind", choices=("auto", "tokens", "text"), default="auto", help="form of the prompts")
-    what.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    what.add_argument("--temperature", type=number, default=0.0, help="0 is greedy")
     what.add_argument(
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate all tokens asked for"
     )
@@ -82,7 +82,7 @@ def objective(text: str) -> tuple[str, float]:
 
 def spread(text: str) -> float:
     """A share in [0, 1)."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value

@@ -171,12 +171,7 @@ def plan_replica(
         )
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
-    if layout.shape[0] > _MAX_PAGES:
-        raise ConfigError(
-            f"num_pages={layout.num_pages} is too many: {spec.num_layers} layers have room for "
-            f"{_MAX_PAGES // spec.num_layers} each, for the pages of all of them are numbered with 32 bits; lower it.",
-            param="num_pages",
-        )
+    _require_numbers(layout)
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
     )
@@ -189,6 +184,15 @@ def plan_replica(
         mesh=mesh,
     )
     return replica, resolved
+
+
+def _require_numbers(layout: PoolLayout) -> None:
+    if layout.shape[0] > _MAX_PAGES:
+        raise ConfigError(
+            f"num_pages={layout.num_pages} is too many: {layout.num_layers} layers have room for "
+            f"{_MAX_PAGES // layout.num_layers} each, for the pages of all of them are numbered with 32 bits; lower it.",
+            param="num_pages",
+        )
 
 
 def build_engine(

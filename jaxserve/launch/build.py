@@ -190,7 +190,7 @@ def _require_numbers(layout: PoolLayout) -> None:
     if layout.shape[0] > _MAX_PAGES:
         raise ConfigError(
             f"num_pages={layout.num_pages} is too many: {layout.num_layers} layers have room for "
-            f"{_MAX_PAGES // layout.num_layers} each, for the pages of all of them are numbered with 32 bits; lower it.",
+            f"{_MAX_PAGES // layout.num_layers} each, for the pages of all have numbers of 32 bits; lower it.",
             param="num_pages",
         )
 

@@ -102,7 +102,7 @@ def test_windows_cap_and_sinks(window: int) -> None:
         ({"num_kv_heads": 1, "group": 3}, Length(cached=60, new=129), "bfloat16"),
         ({"num_kv_heads": 1, "group": 64, "page_size": 256, "max_tokens": 24}, Length(cached=250, new=17), "float16"),
         ({"num_kv_heads": 1, "group": 4, "head_dim": 128, "page_size": 64}, Length(cached=60, new=40), "bfloat16"),
-        ({"num_kv_heads": 1, "head_dim": 256}, Length(cached=70, new=70), "bfloat16"),
+        ({"num_kv_heads": 3, "head_dim": 256}, Length(cached=70, new=70), "bfloat16"),
         ({"num_kv_heads": 1, "head_dim": 80, "page_size": 8}, Length(cached=70, new=70), "bfloat16"),
         ({"max_tokens": 12}, Length(cached=0, new=12), "bfloat16"),
     ],

@@ -129,8 +129,12 @@ class Kernel:
         me = lax.axis_index("warpgroup")
         buffers = self.tiles.query_buffers
 
-        # The second warpgroup is always one turn behind.
-        pl.when(me == 1)(functools.partial(self._take_turn, memory))
+        # The second warpgroup is always one turn behind; with one query buffer it catches up after each item, for the
+        # first waits there for queries that do not come before both have given the buffer back.
+        catches_up = buffers == 1
+        falls_behind = pl.when(me == 1)
+        if not catches_up:
+            falls_behind(functools.partial(self._take_turn, memory))
 
         def compute_item(turn: Array, carry: tuple[Array, Item]) -> tuple[Array, Item]:
             count, item = carry
@@ -139,6 +143,8 @@ class Kernel:
             buffer = lax.rem(turn, buffers)
             plgpu.barrier_wait(memory.query_ready.at[buffer])
             view = View(arrays, memory, item, buffer, arrays.k_scale[0] * self.factor)
+            if catches_up:
+                falls_behind(functools.partial(self._take_turn, memory))
             if buffers > 1:
                 release = functools.partial(self._release_query, memory, turn, turn - 1)
                 count, softmax = self._attend_ahead(view, count, release)
@@ -146,8 +152,11 @@ class Kernel:
                 count, softmax = self._attend_ahead(view, count, lambda: None)
             else:
                 count, softmax = self._attend(view, count)
+            if catches_up:
+                pl.when(me == 0)(functools.partial(plgpu.barrier_arrive, memory.turn))
             self._store(arrays, memory, item, softmax, buffer)
-            if buffers == 1:
+            if catches_up:
+                pl.when(me == 0)(functools.partial(plgpu.barrier_wait, memory.turn))
                 self._release_query(memory, turn + 1, turn)
             return count, following if self.tiles.looks_ahead else self.work.item(arrays, block, turn + 1)
 
@@ -157,7 +166,8 @@ class Kernel:
             compute_item,
             (jnp.int32(0), self.work.item(arrays, block, jnp.int32(0))),
         )
-        pl.when(me == 0)(functools.partial(self._take_turn, memory))
+        if not catches_up:
+            pl.when(me == 0)(functools.partial(self._take_turn, memory))
         plgpu.wait_smem_to_gmem(0)
 
     def _attend_ahead(self, view: View, count: Array, halfway: Callable[[], None]) -> tuple[Array, Softmax]:

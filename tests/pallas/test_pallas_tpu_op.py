@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxserve.bench.tiled_kernels import core_of
 from jaxserve.pallas.paged_attention.inputs import AttentionConfig, AttentionLayer, RaggedBatch
@@ -25,7 +25,8 @@ TPUS = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
 def traced_for(device_kind: str) -> AbstractContextManager[object]:
     """As if a program for a device of JAX's name were traced."""
     device = AbstractDevice(device_kind=device_kind, num_cores=1, platform="tpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 @pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)

@@ -19,6 +19,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.core.setting import boolean, choice, declare, integer, names, number
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 ACCELERATOR_SEQS = 256
 """Sequences that run at once on an accelerator by default."""
@@ -163,7 +164,7 @@ class ServeConfig:
                 param="max_model_len",
             )
         page_size = self.page_size or (16 if on_cpu else 64)
-        num_pages = self.num_pages or self._pages(facts, page_size)
+        num_pages = self._asked_pages(facts, page_size) or self._pages(facts, page_size)
         longest = min(self.max_model_len or facts.max_position, num_pages * page_size)
         if self.max_model_len is not None and longest < self.max_model_len:
             raise ConfigError(
@@ -195,6 +196,27 @@ class ServeConfig:
             token_buckets=tuple(sorted(token_buckets)),
             long_prefill_token_threshold=self.long_prefill_token_threshold or max(1, batched // 2),
         )
+
+    def _asked_pages(self, facts: Facts, page_size: int) -> int | None:
+        """The pages that were asked for, if the device holds them."""
+        if facts.device_memory_bytes is None:
+            if self.memory_fraction is not None:
+                raise ConfigError(
+                    "memory_fraction is a share of a device's memory, and nobody says how much of a host's is ours; "
+                    "use --num-pages.",
+                    param="memory_fraction",
+                )
+            return self.num_pages
+        room = facts.device_memory_bytes - facts.weight_bytes
+        page_bytes = facts.kv_bytes_per_token * page_size
+        if self.num_pages is not None and self.num_pages * page_bytes > room:
+            raise ConfigError(
+                f"A pool of {self.num_pages} pages takes {self.num_pages * page_bytes / GIB:.1f} GiB a device, whose "
+                f"{facts.device_memory_bytes / GIB:.1f} GiB hold {facts.weight_bytes / GIB:.1f} of weights; lower "
+                f"num_pages to less than {max(room, 0) // page_bytes}, or leave it open.",
+                param="num_pages",
+            )
+        return self.num_pages
 
     def _room(self, facts: Facts) -> int:
         """Bytes of a device that its weights leave to the pool."""

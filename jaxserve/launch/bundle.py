@@ -26,7 +26,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 
-from jaxserve.core.config import ServeConfig
+from jaxserve.core.config import SHAPE_SETTINGS, ServeConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import Key, Replica, programs
 from jaxserve.launch.origin import FORMAT, Origin, cpu_features, spec_digest
@@ -34,6 +34,11 @@ from jaxserve.models.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
+
+ALWAYS_SET = frozenset(SHAPE_SETTINGS) - {"quantization", "attention", "memory_fraction"}
+"""Settings of which every bundle has one."""
+
+_ANEW = "Compile it anew with `jaxserve compile`."
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +108,14 @@ class Bundle:
         return replace(config, **adopted)
 
     def require(self, spec: ModelSpec, mesh: Mesh) -> None:
-        """Makes sure that the bundle is for a model and a kind of device, before shapes are made for them.
+        """Makes sure that the bundle is whole and for a model and a kind of device, before weights are loaded for it.
 
         Raises:
-            ConfigError: It is for others.
+            ConfigError: It is for others, or a file is missing or damaged.
         """
         self._refuse(self.origin.differences(device_kind=mesh.devices.flat[0].device_kind, model=spec_digest(spec)))
+        for entry in self.entries:
+            self._checked(entry)
 
     def load(
         self,
@@ -133,8 +140,7 @@ class Bundle:
         absent = sorted({each.key for each in programs(replica)} - {(each.name, each.bucket) for each in self.entries})
         if absent:
             raise ConfigError(
-                f"{self.folder} lacks programs: {', '.join(f'{name} {bucket}' for name, bucket in absent)}. Compile it "
-                "anew with `jaxserve compile`.",
+                f"{self.folder} lacks programs: {', '.join(f'{name} {bucket}' for name, bucket in absent)}. {_ANEW}",
                 param="bundle",
             )
         devices = list(replica.mesh.devices.flat)
@@ -154,9 +160,9 @@ class Bundle:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ConfigError(f"Cannot read {path}: {error.strerror}.", param="bundle") from error
+            raise ConfigError(f"Cannot read {path}: {error.strerror}. {_ANEW}", param="bundle") from error
         if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise ConfigError(f"{path} is damaged: its checksum is not the manifest's.", param="bundle")
+            raise ConfigError(f"{path} is damaged: its checksum is not the manifest's. {_ANEW}", param="bundle")
         return content
 
     def _refuse(self, wrong: list[str]) -> None:
@@ -172,8 +178,12 @@ def require_place(out: Path) -> None:
     """Makes sure that a bundle may be written to a place.
 
     Raises:
-        ConfigError: There is something that is no bundle, or nothing can be written there.
+        ConfigError: There is something that is no bundle, it is a link or no name, or nothing can be written there.
     """
+    if out.is_symlink() or out.name in ("", ".."):
+        raise ConfigError(
+            f"{str(out)!r} must name the bundle's own folder, no link to it; choose another.", param="out"
+        )
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and is no bundle; choose another folder.", param="out")
     with _folder_beside(out):
@@ -252,10 +262,14 @@ def serialized(executable: jax.stages.Compiled) -> bytes:
 def _write_entry(folder: Path, program: Key, executable: jax.stages.Compiled) -> Entry:
     name, bucket = program
     content = serialized(executable)
-    file = f"{name}-{bucket}.bin"
+    file = _file_name(name, bucket)
     (folder / file).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     return Entry(name=name, bucket=bucket, file=file, num_bytes=len(content), sha256=digest)
+
+
+def _file_name(name: str, bucket: int) -> str:
+    return f"{name}-{bucket}.bin"
 
 
 def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
@@ -278,7 +292,11 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
             f"{folder} has {what}: cannot read {error.filename} ({error.strerror}).", param="bundle"
         ) from (error)
     if key is not None and not hmac.compare_digest(signature.strip(), _signature(text, key).encode()):
-        raise ConfigError(f"{folder} is not signed with the key given.", param="bundle_key")
+        raise ConfigError(
+            f"{folder} is not signed with the key given: pass the one of `jaxserve compile --key`, or compile it anew "
+            "with this one.",
+            param="bundle_key",
+        )
     if key is None and (folder / SIGNATURE).exists():
         logger.warning("%s is signed, but no bundle key is given: its signature is not checked", folder)
     try:
@@ -297,17 +315,20 @@ def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
     for name in ("flags", "jax_settings", "token_buckets", "seq_buckets"):
         origin[name] = tuple(origin[name])
     parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
-    for name, value in manifest["settings"].items():
+    settings = manifest["settings"]
+    if (others := set(settings) - set(SHAPE_SETTINGS)) or (others := ALWAYS_SET - set(settings)):
+        raise ValueError(f"wrong settings: {', '.join(sorted(others))}")
+    for name, value in settings.items():
         parsers[name](value)
     entries = tuple(Entry(**entry) for entry in manifest["entries"])
     for entry in entries:
-        if Path(entry.file).name != entry.file:
-            raise ValueError(f"{entry.file} is no file of the bundle")
+        if entry.file != _file_name(entry.name, entry.bucket):
+            raise ValueError(f"{entry.file} is not where {entry.name} {entry.bucket} would be")
     return Bundle(
         folder=folder,
         topology=manifest["topology"],
         origin=Origin(**origin),
-        settings=manifest["settings"],
+        settings=settings,
         cpu_features=tuple(manifest["cpu_features"]),
         entries=entries,
     )

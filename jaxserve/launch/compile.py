@@ -92,7 +92,8 @@ def compile_bundle(
 def shape_settings(resolved: ResolvedConfig) -> dict[str, str]:
     """The settings of serve that give the same programs again, as text."""
     asked = resolved.asked
-    chosen = {"quantization": asked.quantization, "attention": asked.attention}
+    share = None if asked.memory_fraction is None else str(asked.memory_fraction)
+    chosen = {"quantization": asked.quantization, "attention": asked.attention, "memory_fraction": share}
     return {
         "mesh": str(asked.mesh),
         "dtype": resolved.dtype,

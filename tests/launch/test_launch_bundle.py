@@ -23,7 +23,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import Key
 from jaxserve.launch import origin
 from jaxserve.launch.build import Model, build_engine, plan_replica
-from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, write_bundle
+from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, require_place, write_bundle
 from jaxserve.launch.compile import compile_bundle
 from jaxserve.launch.origin import Origin, compiler_flags, spec_digest
 from jaxserve.sharding.mesh import make_mesh
@@ -303,7 +303,7 @@ def test_damage_is_found_before_anything_is_loaded(folder: Path, tmp_path: Path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="is damaged: its checksum"):
+    with pytest.raises(ConfigError, match=r"is damaged: its checksum.* Compile it anew"):
         load_here(bundle)
     path.unlink()
     with pytest.raises(ConfigError, match="Cannot read"):
@@ -313,6 +313,46 @@ def test_damage_is_found_before_anything_is_loaded(folder: Path, tmp_path: Path)
         open_bundle(damaged)
     with pytest.raises(ConfigError, match="has no bundle"):
         open_bundle(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("change", ["swapped files", "a setting that shapes nothing", "a setting too few"])
+def test_manifests_that_no_compilation_wrote(folder: Path, tmp_path: Path, change: str) -> None:
+    changed = copy(folder, tmp_path / "changed")
+    manifest = json.loads((changed / MANIFEST).read_text())
+    match change:
+        case "swapped files":
+            first, second, *_ = manifest["entries"]
+            for name in ("file", "sha256"):
+                first[name], second[name] = second[name], first[name]
+        case "a setting that shapes nothing":
+            manifest["settings"]["host"] = "0.0.0.0"
+        case _:
+            del manifest["settings"]["num_pages"]
+    (changed / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(
+        ConfigError,
+        match=r"manifest.json is damaged \(ValueError: (wrong settings: (host|num_pages)|.*bin is not where)",
+    ):
+        open_bundle(changed)
+
+
+def test_a_bundle_has_a_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for place in (link, Path(), tmp_path / "gone" / ".."):
+        with pytest.raises(ConfigError, match="must name the bundle's own folder"):
+            require_place(place)
+    require_place(tmp_path / "new")
+
+
+def test_files_are_checked_before_weights_are_loaded(folder: Path, tmp_path: Path) -> None:
+    damaged = copy(folder, tmp_path / "damaged")
+    bundle = open_bundle(damaged)
+    spec, mesh = spec_of(str(MODEL)), make_mesh()
+    bundle.require(spec, mesh)
+    (damaged / bundle.entries[-1].file).unlink()
+    with pytest.raises(ConfigError, match=r"Cannot read .* Compile it anew"):
+        bundle.require(spec, mesh)
 
 
 def test_signatures(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.core.setting import boolean, choice, declare, integer, names, number
 
 MIB = 1 << 20
-GIB = 1 << 30
 
 ACCELERATOR_SEQS = 256
 """Sequences that run at once on an accelerator by default."""
@@ -88,11 +87,7 @@ class ServeConfig:
     role: str = declare("both", choice("both"), "both prefill and decode in this process")
     host: str = declare("127.0.0.1", str, "address to listen on")
     port: int = declare(8000, integer(0, 65535), "HTTP port; 0 takes a free one")
-    mesh: MeshShape = declare(
-        MeshShape(),
-        MeshShape.parse,
-        "how to split the model, e.g. tensor=8 (data and expert split nothing yet and must be 1)",
-    )
+    mesh: MeshShape = declare(MeshShape(), MeshShape.parse, "how to split the model: tensor=8; other axes stay 1")
     dtype: str | None = declare(
         None,
         choice("float32", "bfloat16", "float16"),
@@ -199,21 +194,15 @@ class ServeConfig:
 
     def _asked_pages(self, facts: Facts, page_size: int) -> int | None:
         """The pages that were asked for, if the device holds them."""
-        if facts.device_memory_bytes is None:
-            if self.memory_fraction is not None:
-                raise ConfigError(
-                    "memory_fraction is a share of a device's memory, and nobody says how much of a host's is ours; "
-                    "use --num-pages.",
-                    param="memory_fraction",
-                )
-            return self.num_pages
-        room = facts.device_memory_bytes - facts.weight_bytes
-        page_bytes = facts.kv_bytes_per_token * page_size
-        if self.num_pages is not None and self.num_pages * page_bytes > room:
+        memory = facts.device_memory_bytes
+        if memory is None and self.memory_fraction is not None:
+            message = "memory_fraction is a share of a device's memory, and a host's is not all ours; use --num-pages."
+            raise ConfigError(message, param="memory_fraction")
+        most = None if memory is None else (memory - facts.weight_bytes) // (facts.kv_bytes_per_token * page_size)
+        if self.num_pages is not None and most is not None and self.num_pages > most:
             raise ConfigError(
-                f"A pool of {self.num_pages} pages takes {self.num_pages * page_bytes / GIB:.1f} GiB a device, whose "
-                f"{facts.device_memory_bytes / GIB:.1f} GiB hold {facts.weight_bytes / GIB:.1f} of weights; lower "
-                f"num_pages to less than {max(room, 0) // page_bytes}, or leave it open.",
+                f"A device has room for {max(0, most)} pages of {page_size} tokens beside its "
+                f"{facts.weight_bytes / MIB:.0f} MiB of weights, not for num_pages={self.num_pages}; lower it.",
                 param="num_pages",
             )
         return self.num_pages

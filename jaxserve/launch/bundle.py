@@ -316,8 +316,9 @@ def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
         origin[name] = tuple(origin[name])
     parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
     settings = manifest["settings"]
-    if (others := set(settings) - set(SHAPE_SETTINGS)) or (others := ALWAYS_SET - set(settings)):
-        raise ValueError(f"wrong settings: {', '.join(sorted(others))}")
+    if not ALWAYS_SET <= set(settings) <= set(SHAPE_SETTINGS):
+        wrong = (ALWAYS_SET - set(settings)) | (set(settings) - set(SHAPE_SETTINGS))
+        raise ValueError(f"wrong settings: {', '.join(sorted(wrong))}")
     for name, value in settings.items():
         parsers[name](value)
     entries = tuple(Entry(**entry) for entry in manifest["entries"])

@@ -93,19 +93,18 @@ def chosen(cases: list[Case], names: list[str], folder: Path) -> list[Case]:
 
 
 def _table(outcomes: list[Outcome], seconds: float) -> object:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     grid = Table(
+        *(Column(name, no_wrap=True) for name in ("slice", "model")),
         *(
-            "slice",
-            "model",
             "programs",
             "weights",
             "pool",
             "temporaries",
-            "decode's, MiB",
-            "code, MiB",
-            "files, MiB",
+            "decode's MiB",
+            "code MiB",
+            "files MiB",
             "HBM",
             "s",
         ),

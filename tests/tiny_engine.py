@@ -140,7 +140,7 @@ def repeat_kv_heads(path: str, value: np.ndarray, spec: ModelSpec, repeat: int) 
 
 def new_runner(model: Compiled) -> DeviceRunner:
     """A runner of its own copy of the parameters, for it takes them."""
-    params = {path: value.copy() for path, value in model.params.items()}
+    params = {path: model.replica.hold(path, value.copy(), model.executables) for path, value in model.params.items()}
     return DeviceRunner(model.replica, params, model.executables)
 
 

@@ -85,7 +85,7 @@ def measure_steps(
 
     Args:
         replica: What fixes the programs.
-        params: Loaded parameters by path; given up.
+        params: Parameters by path, as programs take them.
         sizes: Sequences and context length of each step.
         repeats: Steps dispatched between two looks at the clock.
 
@@ -118,7 +118,7 @@ class _Device:
     def __init__(self, replica: Replica, params: Mapping[str, Array], run: Executables) -> None:
         self._replica = replica
         self._run = run
-        self._params = replica.hold(params)
+        self._params = params
         self._pool = replica.layout.allocate(replica.mesh)
         self._state = replica.init_sampling()
 

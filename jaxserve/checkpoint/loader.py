@@ -2,16 +2,16 @@
 
 Each parameter's local shards are assembled in buffers of the serving dtype, a bounded slice at a time, and handed to
 the devices; on the CPU the devices use the buffers themselves, so nothing is held twice. Parameters go largest first:
-where a device does copy, the peak is the largest parameter twice, not the model plus one. Quantised parameters are
+where a device copies one, into the form that programs take, that is while there is room. Quantised parameters are
 quantised slice by slice on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -26,10 +26,18 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.quant.qtensor import quantize_channels
 from jaxserve.sharding.rules import sharding_for
 
+Hold: TypeAlias = Callable[[str, jax.Array], jax.Array]
+"""Gives a loaded parameter, by its path, the form that programs take."""
+
 _THREADS = 4
 _RELEASE_EVERY = 16
 _ALIGNMENT_BYTES = 64
 """XLA's CPU client uses a host buffer in place only if it is aligned to this."""
+
+
+def as_loaded(path: str, loaded: jax.Array) -> jax.Array:
+    """Leaves a parameter as it is."""
+    return loaded
 
 
 def fill_params(
@@ -39,6 +47,7 @@ def fill_params(
     abstract: Mapping[str, ParamInfo],
     *,
     mesh: Mesh,
+    hold: Hold = as_loaded,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Loads all parameters.
@@ -49,6 +58,7 @@ def fill_params(
         spec: The model.
         abstract: Every parameter to fill.
         mesh: Where they go.
+        hold: What is done with each as soon as it is there.
         progress: Told about bytes of parameters as they are filled.
 
     Raises:
@@ -65,10 +75,10 @@ def fill_params(
         for path in sorted(weights, key=lambda path: -abstract[path].num_bytes):
             scale = abstract.get(scale_of(path))
             filler = _Filler(reader, rules[path], sizes, abstract[path], scale, pool)
-            params[path] = filler.array(mesh)
+            params[path] = hold(path, filler.array(mesh))
             done += abstract[path].num_bytes
             if scale is not None:
-                params[scale_of(path)] = filler.scale_array(scale, mesh)
+                params[scale_of(path)] = hold(scale_of(path), filler.scale_array(scale, mesh))
                 done += scale.num_bytes
             reader.release()
             if progress is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
-from jaxserve.checkpoint.loader import scale_of
+from jaxserve.checkpoint.loader import Hold, as_loaded, scale_of
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.models.params import ParamInfo
 from jaxserve.models.spec import ModelSpec
@@ -34,6 +34,7 @@ def random_params(
     *,
     mesh: Mesh,
     seed: int = 0,
+    hold: Hold = as_loaded,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Fills all parameters with reproducible random values.
@@ -43,13 +44,14 @@ def random_params(
         abstract: Every parameter to make.
         mesh: Where they go.
         seed: Another seed, other weights.
+        hold: What is done with each as soon as it is there; they are made largest first.
         progress: Told about bytes of parameters as they are made.
     """
     total = sum(info.num_bytes for info in abstract.values())
     quantized = {scale_of(path) for path in abstract if scale_of(path) in abstract}
     params: dict[str, jax.Array] = {}
     done = 0
-    for path, info in abstract.items():
+    for path, info in sorted(abstract.items(), key=lambda item: -item[1].num_bytes):
         std = _std(spec, path)
         # An argument, not a constant: XLA would try to fold the whole parameter while compiling.
         key = np.uint32(zlib.crc32(f"{seed}:{path}".encode()))
@@ -61,11 +63,12 @@ def random_params(
         else:
             reach = INT8_MAX if scale_of(path) in abstract else std * math.sqrt(3)
             make = partial(_uniform, info.shape, info.dtype, reach)
-        params[path] = jax.jit(make, out_shardings=sharding_for(info.axes, info.shape, mesh))(key)
+        made = jax.jit(make, out_shardings=sharding_for(info.axes, info.shape, mesh))(key)
+        params[path] = hold(path, made)
         done += info.num_bytes
         if progress is not None:
             progress("make random weights", done, total)
-    return params
+    return {path: params[path] for path in abstract}
 
 
 def _std(spec: ModelSpec, path: str) -> float:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxserve.checkpoint.gguf import GGUFFile
 from jaxserve.checkpoint.json_file import read_object
-from jaxserve.checkpoint.loader import fill_params
+from jaxserve.checkpoint.loader import Hold, as_loaded, fill_params
 from jaxserve.checkpoint.presets import (
     HubSource,
     Preset,
@@ -212,6 +212,7 @@ def load_params(
     *,
     mesh: Mesh,
     seed: int = 0,
+    hold: Hold = as_loaded,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """The model's parameters, each on its devices.
@@ -222,6 +223,7 @@ def load_params(
         abstract: Every parameter to fill: shape, dtype and logical axes.
         mesh: The devices.
         seed: Of random weights.
+        hold: What is done with each as soon as it is there; largest first.
         progress: Told about bytes of parameters as they are filled.
 
     Raises:
@@ -230,7 +232,7 @@ def load_params(
     if source.kind is SourceKind.RANDOM:
         from jaxserve.checkpoint.random import random_params
 
-        return random_params(spec, abstract, mesh=mesh, seed=seed, progress=progress)
+        return random_params(spec, abstract, mesh=mesh, seed=seed, hold=hold, progress=progress)
     family = registry.family_named(spec.family)
     reader: GGUFFile | SafetensorsFolder
     if source.kind is SourceKind.GGUF:
@@ -238,7 +240,7 @@ def load_params(
     else:
         reader, table = SafetensorsFolder(source.path), family.hf_weights
     try:
-        return fill_params(reader, table, spec, abstract, mesh=mesh, progress=progress)
+        return fill_params(reader, table, spec, abstract, mesh=mesh, hold=hold, progress=progress)
     finally:
         reader.close()
 

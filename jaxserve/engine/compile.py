@@ -19,7 +19,7 @@ import jax
 from jax import monitoring
 from jax.sharding import Mesh
 
-from jaxserve.engine.programs import Key, Program
+from jaxserve.engine.programs import Key, Program, Replica
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """What JAX reports each time it makes or loads an executable."""
@@ -66,6 +66,12 @@ def compile_programs(
             if progress is not None:
                 progress("compile", done, len(programs))
     return executables
+
+
+def compile_holders(replica: Replica) -> Executables:
+    """Compiles the programs that give loaded parameters the form that others take."""
+    at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
+    return compile_programs(list(replica.holders().values()), num_threads=at_once)
 
 
 def _compile(program: Program, mesh: Mesh | None) -> Any:  # noqa: ANN401 - JAX does not export the type

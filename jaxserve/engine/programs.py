@@ -112,28 +112,29 @@ class Replica:
             or isinstance(struct.format.layout, Layout)
         }
 
-    def hold(self, params: Mapping[str, Array], executables: Mapping[Key, Any] | None = None) -> dict[str, Array]:
-        """Loaded parameters as programs take them; those passed in another form are deleted, one by one.
+    def hold(self, path: str, loaded: Array, executables: Mapping[Key, Any]) -> Array:
+        """A loaded parameter as programs take it; in another form it is deleted.
 
-        No device holds more than one of them twice: a model may take more than half of the memory.
+        Held as they are loaded, largest first, parameters take little more memory than the model at any time.
 
         Args:
-            params: By path.
-            executables: The compiled "hold" programs; without them they are compiled here.
+            path: The parameter's.
+            loaded: The parameter.
+            executables: The compiled "hold" programs, at least.
         """
-        run = executables or {program.key: program.function for program in self.holders()}
-        held = dict(params)
-        for index, path in enumerate(self.loaded_otherwise()):
-            loaded, held[path] = held[path], run["hold", index](held[path])
-            # What is written into new memory has not given the old back, and nothing is gained by queueing up more.
-            held[path].block_until_ready()
-            loaded.delete()
+        holder = self.holders().get(path)
+        if holder is None:
+            return loaded
+        held: Array = executables[holder.key](loaded)
+        # What is written into new memory has not given the old back, and nothing is gained by queueing up more.
+        held.block_until_ready()
+        loaded.delete()
         return held
 
-    def holders(self) -> list[Program]:
-        """A program for each parameter that is loaded otherwise than programs take it."""
+    def holders(self) -> dict[str, Program]:
+        """A program for each parameter that is loaded otherwise than programs take it, by its path."""
         wanted, infos = self.abstract_params(), self.blueprint.params()
-        result = []
+        result = {}
         for index, (path, struct) in enumerate(self.loaded_otherwise().items()):
             pinned = isinstance(wanted[path].format.layout, Layout)
             turned = infos[path].turned
@@ -142,7 +143,8 @@ class Replica:
                 donate=() if pinned or turned else (0,),
                 out=wanted[path].format if pinned else wanted[path].sharding,
             )
-            result.append(Program(key=("hold", index), function=function, args=(struct,)))
+            options = compiler_options(self.mesh.devices.flat[0].device_kind)
+            result[path] = Program(key=("hold", index), function=function, args=(struct,), options=options)
         return result
 
     def init_sampling(self) -> SamplingState:
@@ -299,7 +301,7 @@ def programs(replica: Replica) -> list[Program]:
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     result.append(Program(key=("allocate", 0), function=_jit(replica.layout.zeros, donate=(), out=held), args=()))
     options = compiler_options(replica.mesh.devices.flat[0].device_kind)
-    return [replace(program, options=options) for program in result + replica.holders()]
+    return [*(replace(program, options=options) for program in result), *replica.holders().values()]
 
 
 def compiler_options(device_kind: str) -> Mapping[str, bool | str]:

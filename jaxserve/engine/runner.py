@@ -82,13 +82,13 @@ class DeviceRunner:
 
     Args:
         replica: What fixes the programs.
-        params: Loaded parameters by path.
+        params: Parameters by path, as programs take them.
         executables: Compiled programs.
     """
 
     def __init__(self, replica: Replica, params: Mapping[str, Array], executables: Executables) -> None:
         self._replica = replica
-        self._params = replica.hold(params, executables)
+        self._params = params
         self._executables = executables
         self._builder = self._new_builder()
         self._kv_pages = executables["allocate", 0]()

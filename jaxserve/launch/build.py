@@ -1,7 +1,8 @@
 """From a configuration to an engine that is ready: source, spec, parameters, programs, loop.
 
-Parameters load on one thread while programs compile on others: both need only the abstract parameters. Nothing here
-decides anything; it wires what the other packages own.
+Parameters load on one thread while programs compile on others: both need only the abstract parameters. Programs that
+give a parameter its form come first, for each loaded one waits for its own. Nothing here decides anything; it wires
+what the other packages own.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from jaxserve.checkpoint.loader import Hold
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype
@@ -29,6 +30,7 @@ from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import (
     CompileCounter,
     Executables,
+    compile_holders,
     compile_programs,
     compiles_at_once,
     enable_persistent_cache,
@@ -215,8 +217,7 @@ def build_engine(
     if config.compilation_cache:
         enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
     replica, resolved = plan_replica(config, model.spec, mesh)
-    make = partial(_executables, replica, config, bundle, progress)
-    params, executables = _load_and_compile(model, replica, config.seed, make, progress)
+    params, executables = _load_and_compile(model, replica, config, bundle, progress)
     runner = DeviceRunner(replica, params, executables)
     runner.warm_up()
     release_free_memory()
@@ -280,34 +281,67 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
 
 
 def load_weights(
-    model: Model, replica: Replica, seed: int = 0, progress: Progress | None = None
+    model: Model, replica: Replica, hold: Hold, *, seed: int = 0, progress: Progress | None = None
 ) -> Mapping[str, Array]:
-    """The parameters of a replica, on its devices.
+    """The parameters of a replica, on its devices, as its programs take them.
+
+    Args:
+        model: What is served.
+        replica: The shapes and the devices.
+        hold: Gives each parameter that form.
+        seed: Of random weights.
+        progress: Told about bytes of parameters.
 
     Raises:
         CheckpointError: The weights cannot be loaded.
     """
     return load_params(
-        model.source, model.spec, replica.blueprint.params(), mesh=replica.mesh, seed=seed, progress=progress
+        model.source,
+        model.spec,
+        replica.blueprint.params(),
+        mesh=replica.mesh,
+        seed=seed,
+        hold=hold,
+        progress=progress,
     )
 
 
 def _load_and_compile(
-    model: Model, replica: Replica, seed: int, make: Callable[[], Executables], progress: Progress | None
+    model: Model, replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
 ) -> tuple[Mapping[str, Array], Executables]:
+    holders: Future[Executables] = Future()
+
+    def hold(path: str, loaded: Array) -> Array:
+        return replica.hold(path, loaded, holders.result())
+
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(load_weights, model, replica, seed, progress)
-        executables = make()
+        loading = pool.submit(load_weights, model, replica, hold, seed=config.seed, progress=progress)
+        try:
+            executables = _executables(replica, config, bundle, holders, progress)
+        except BaseException as error:
+            if not holders.done():
+                holders.set_exception(error)
+            raise
         return loading.result(), executables
 
 
 def _executables(
-    replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
+    replica: Replica,
+    config: ServeConfig,
+    bundle: Bundle | None,
+    holders: Future[Executables],
+    progress: Progress | None,
 ) -> Executables:
-    if bundle is None:
-        at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
-        return compile_programs(programs(replica), num_threads=at_once, progress=progress)
-    return bundle.load(replica, config, progress=progress)
+    """Every program of a replica; those of `holders` as early as they are there."""
+    if bundle is not None:
+        loaded = bundle.load(replica, config, progress=progress)
+        holders.set_result(loaded)
+        return loaded
+    first = compile_holders(replica)
+    holders.set_result(first)
+    others = [program for program in programs(replica) if program.key not in first]
+    at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
+    return {**first, **compile_programs(others, num_threads=at_once, progress=progress)}
 
 
 def _device_memory_bytes(device: jax.Device) -> int | None:

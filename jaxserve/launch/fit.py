@@ -29,6 +29,7 @@ from jaxserve.launch.estimate import Estimator, ServiceEstimate, Workload
 from jaxserve.models.costs import CostModel
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
+from jaxserve.pallas.dispatch import preference
 from jaxserve.sharding.chips import CHIPS
 from jaxserve.sharding.interconnect import wiring
 from jaxserve.sharding.mesh import abstract_mesh
@@ -64,7 +65,7 @@ class Candidate:
 
 
 def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline: bool = False) -> list[Candidate]:
-    """The smallest slice of each chip that holds a model and the workload's sequences.
+    """The smallest slice of each chip that runs a model's attention as asked and holds it and the workload's sequences.
 
     Args:
         model: As for `plan`.
@@ -82,6 +83,8 @@ def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline:
     require_length(spec, workload, config)
     smallest = []
     for chip in CHIPS.values():
+        if config.attention is not None and config.attention not in preference(chip.platform):
+            continue
         mesh = config.mesh if "mesh" in settings else None
         candidates = (candidate(spec, topology, workload, config, mesh) for topology in slices(chip))
         smallest += [next((each for each in candidates if each is not None), None)]

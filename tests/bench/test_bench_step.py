@@ -14,6 +14,7 @@ from tiny_engine import CONFIG, SPEC, placed
 from jaxserve.bench.step import matmuls, measure_steps, step_input, table
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.batch import unpack
+from jaxserve.engine.compile import compile_holders
 from jaxserve.engine.programs import Replica
 from jaxserve.launch.build import plan_replica
 from jaxserve.sharding.mesh import make_mesh
@@ -22,6 +23,12 @@ from jaxserve.sharding.mesh import make_mesh
 @pytest.fixture(scope="module")
 def replica() -> Replica:
     return plan_replica(CONFIG, SPEC, make_mesh(devices=jax.devices()[:1]))[0]
+
+
+@pytest.fixture
+def params(replica: Replica) -> dict[str, jax.Array]:
+    holders = compile_holders(replica)
+    return {path: replica.hold(path, value, holders) for path, value in placed(SPEC, replica).items()}
 
 
 def test_the_step_is_the_one_asked_for(replica: Replica) -> None:
@@ -35,8 +42,8 @@ def test_the_step_is_the_one_asked_for(replica: Replica) -> None:
     assert len(set(pages.flat)) == 5 * 8, "no two sequences share a page"
 
 
-def test_times_and_bytes(replica: Replica) -> None:
-    times = measure_steps(replica, placed(SPEC, replica), [(1, 8), (4, 100)], repeats=2)
+def test_times_and_bytes(replica: Replica, params: dict[str, jax.Array]) -> None:
+    times = measure_steps(replica, params, [(1, 8), (4, 100)], repeats=2)
     assert [(each.num_seqs, each.context_len) for each in times] == [(1, 8), (4, 100)]
     assert all(each.decode_ms > 0 and each.step_ms > 0 for each in times)
     # 2 layers, keys and values of 2 heads of 16 float32: 512 bytes a token; read all, and write one a sequence.
@@ -45,15 +52,14 @@ def test_times_and_bytes(replica: Replica) -> None:
     assert table(times).row_count == 2
 
 
-def test_the_matmuls_alone_are_all_of_the_step_s_matmuls(replica: Replica) -> None:
-    params = replica.hold(placed(SPEC, replica))
+def test_the_matmuls_alone_are_all_of_the_step_s_matmuls(replica: Replica, params: dict[str, jax.Array]) -> None:
     hidden = jnp.ones((8, SPEC.hidden_size))
     compute = partial(matmuls, blueprint=replica.blueprint, num_scored=4)
     scores = compute(params, hidden)
     assert scores.shape == (4,)
     # Every kernel takes part: without any one of them the result is another.
-    for path in params:
-        changed = compute({**params, path: params[path] * 2}, hidden)
+    for path, value in params.items():
+        changed = compute({**params, path: value * 2}, hidden)
         assert np.any(np.asarray(changed) != np.asarray(scores)) == path.endswith((".kernel", "lm_head.table")), path
     operations = jax.jit(compute).lower(params, hidden).as_text()
     assert operations.count("dot_general") == 5

@@ -199,6 +199,30 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("is_random", [False, True])
+def test_each_parameter_is_held_as_soon_as_it_is_loaded(
+    tmp_path: Path, quantization: str | None, is_random: bool
+) -> None:
+    """Largest first: a copy of one never meets all of the others in memory."""
+    spec = spec_from_hf(LLAMA, {}, "config.json")
+    write_folder(tmp_path, LLAMA, random_tensors(spec))
+    (tmp_path / "model.json").write_text(json.dumps({"source": {"hub": "me/model"}, "config": LLAMA}))
+    source = CheckpointSource(kind=SourceKind.RANDOM, path=tmp_path / "model.json", name="model")
+    abstract = abstract_params(spec, dtype=jnp.dtype(jnp.bfloat16), quantization=quantization)
+    held: dict[str, jax.Array] = {}
+
+    def hold(path: str, value: jax.Array) -> jax.Array:
+        assert path not in held
+        held[path] = value.copy()
+        return held[path]
+
+    params = load_params(source if is_random else hf(tmp_path), spec, abstract, mesh=make_mesh(), hold=hold)
+    assert all(params[path] is held[path] for path in abstract)
+    weights = [value.nbytes for path, value in held.items() if value.dtype != jnp.float32]
+    assert weights == sorted(weights, reverse=True)
+
+
 MEASURE = """
 import json, os, sys
 from pathlib import Path

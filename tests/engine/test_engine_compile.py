@@ -92,7 +92,7 @@ def test_other_shapes_raise_instead_of_compiling(tiny: Compiled) -> None:
 def test_no_parameter_is_held_twice(tiny: Compiled) -> None:
     """Those that programs take in another form are given up; a model may fill more than half of the memory."""
     loaded = {path: value.copy() for path, value in tiny.params.items()}
-    held = tiny.replica.hold(loaded, tiny.executables)
+    held = {path: tiny.replica.hold(path, value, tiny.executables) for path, value in loaded.items()}
     otherwise = set(tiny.replica.loaded_otherwise())
     assert otherwise
     assert {path for path, value in loaded.items() if value.is_deleted()} == otherwise

@@ -11,8 +11,10 @@ from jaxserve.checkpoint.sources import spec_of
 from jaxserve.cli import main
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError
+from jaxserve.engine.compile import Executables
+from jaxserve.engine.programs import Replica
 from jaxserve.launch.aot import config_for
-from jaxserve.launch.build import plan_replica, require_attention
+from jaxserve.launch.build import build_engine, find_model, plan_replica, require_attention
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
@@ -62,3 +64,15 @@ def test_pages_of_all_layers_have_a_number() -> None:
     assert replica.layout.num_pages == MOST_PAGES
     with pytest.raises(ConfigError, match=f"={MOST_PAGES + 1} is too many: 30 layers have room for {MOST_PAGES}"):
         plan_replica(replace(config, num_pages=MOST_PAGES + 1), SPEC, make_mesh())
+
+
+def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(replica: Replica) -> Executables:
+        raise ConfigError("the compiler is lost")
+
+    monkeypatch.setattr("jaxserve.launch.build.compile_holders", fail)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8, compilation_cache=False)
+    model = find_model(config)
+    assert plan_replica(config, model.spec, make_mesh())[0].holders(), "nothing would wait"
+    with pytest.raises(ConfigError, match="the compiler is lost"):
+        build_engine(config, model)

@@ -78,6 +78,12 @@ def test_fit_heeds_what_serve_would() -> None:
         fit(model, LOAD, settings={"max_num_batched_tokens": "16"})
 
 
+@pytest.mark.parametrize(("attention", "platforms"), [("tpu", {"tpu"}), ("gpu", {"gpu"}), ("xla", {"tpu", "gpu"})])
+def test_fit_lists_chips_that_run_the_attention_asked_for(attention: str, platforms: set[str]) -> None:
+    found = fit(LLAMA, LOAD, settings={"attention": attention})
+    assert {each.topology.chip.platform for each in found} == platforms
+
+
 def test_a_load_that_no_slice_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", LLAMA, "--fit", "--concurrency", "4096", "--input-len", "100000", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)

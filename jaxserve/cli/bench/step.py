@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures the steps."""
     from jaxserve.bench.step import measure_steps, table
     from jaxserve.cli.serve import config_of
+    from jaxserve.engine.compile import compile_holders
     from jaxserve.launch.build import find_model, load_weights, plan_replica
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.sharding.mesh import make_mesh
@@ -52,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = find_model(config, progress)
         mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
         replica, _ = plan_replica(config, model.spec, mesh)
-        params = load_weights(model, replica, config.seed, progress)
+        hold = partial(replica.hold, executables=compile_holders(replica))
+        params = load_weights(model, replica, hold, seed=config.seed, progress=progress)
         times = measure_steps(replica, params, [(number, arguments.context) for number in arguments.seqs])
     if arguments.json:
         print(json.dumps({"steps": [each.as_json() for each in times]}, indent=2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,11 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
-            **asdict(self),
             "case": {"model": self.case.model, "topology": str(self.case.topology)},
+            "seconds": self.seconds,
+            "weight_bytes": self.weight_bytes,
             "report": None if self.report is None else self.report.as_json(),
+            "problems": list(self.problems),
         }
 
 

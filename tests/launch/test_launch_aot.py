@@ -323,6 +323,11 @@ def test_the_command_prints_whole_names_and_fails_on_a_problem(
     assert cells == ["tpu7x:2x2x1", "llama-3.3-70b", "1", "0.00", "0.00", "0.00", "1.0", "0.0", "0.0", "0.0 of 96", "1"]
     assert main(["aot", "--only", "qwen3-0.6b", "--only", "v5e:2x4"]) == 1
     assert "qwen3-0.6b on v5e:2x4: decode 256 needs 99 MiB" in capsys.readouterr().out
+    assert main(["aot", "--only", "qwen3-0.6b", "--only", "v5e:2x4", "--json"]) == 1
+    [shown] = json.loads(capsys.readouterr().out)
+    assert shown["case"] == {"model": "qwen3-0.6b", "topology": "v5e:2x4"}
+    assert shown["problems"] == ["decode 256 needs 99 MiB"]
+    assert AotReport.from_json(shown["report"]) == report_of(DECODE)
 
 
 SQUARE = "0,0,0/0 1,0,0/0 0,1,0/0 1,1,0/0"

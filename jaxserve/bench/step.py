@@ -29,7 +29,8 @@ from jaxserve.engine.batch import StepInput
 from jaxserve.engine.compile import Executables, compile_programs, compiles_at_once
 from jaxserve.engine.programs import Replica, programs
 from jaxserve.models.costs import CostModel, StepShape, device_bytes
-from jaxserve.models.decoder import Blueprint
+from jaxserve.models.decoder import Blueprint, walk
+from jaxserve.models.params import Held
 
 ROUNDS = 9
 """Turns in which everything is measured; the median counts."""
@@ -79,7 +80,7 @@ class StepTime:
 
 
 def measure_steps(
-    replica: Replica, params: Mapping[str, Array], sizes: Sequence[tuple[int, int]], *, repeats: int = 5
+    replica: Replica, params: Mapping[str, Held], sizes: Sequence[tuple[int, int]], *, repeats: int = 5
 ) -> list[StepTime]:
     """Measures decode steps.
 
@@ -115,7 +116,7 @@ def measure_steps(
 class _Device:
     """Holds what programs are given and give back."""
 
-    def __init__(self, replica: Replica, params: Mapping[str, Array], run: Executables) -> None:
+    def __init__(self, replica: Replica, params: Mapping[str, Held], run: Executables) -> None:
         self._replica = replica
         self._run = run
         self._params = params
@@ -164,7 +165,7 @@ class _Device:
 
 
 def matmuls(
-    params: Mapping[str, Array], hidden: Float[Array, "T D"], *, blueprint: Blueprint, num_scored: int
+    params: Mapping[str, Held], hidden: Float[Array, "T D"], *, blueprint: Blueprint, num_scored: int
 ) -> Float[Array, " S"]:
     """Every matmul of a step and nothing else, each fed with what the one before it gave.
 
@@ -177,12 +178,13 @@ def matmuls(
     model = blueprint.bind(params)
     graph, stacked = nnx.split(model.layers)
 
-    def layer(x: Array, held: nnx.State[Any, Any]) -> tuple[Array, None]:
-        each = nnx.merge(graph, held)
+    def layer(x: Array, params: nnx.State[Any, Any], index: Array) -> Array:
+        each = nnx.merge(graph, params)
         attended = each.attn.out(each.attn.qkv(x)[:, :, : each.attn.group])
-        return each.mlp.down(each.mlp.gate_up(attended)[:, 0]), None
+        fed: Array = each.mlp.down(each.mlp.gate_up(attended)[:, 0])
+        return fed
 
-    last, _ = jax.lax.scan(layer, hidden, stacked)
+    last = walk(layer, hidden, stacked, blueprint.spec.num_layers, apart=blueprint.layers_apart)
     rows = last[jnp.arange(num_scored) % last.shape[0]]
     # One value a row is enough to keep the logits alive.
     return jnp.max(model.logits(rows), axis=1)

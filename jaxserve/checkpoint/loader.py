@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from jaxserve.checkpoint.rules import Move, Sizes, fetch, match, moves_into, sizes_of
 from jaxserve.checkpoint.tensors import Progress, Range, TensorReader
 from jaxserve.models.family import WeightRule, WeightTable
-from jaxserve.models.params import ParamInfo
+from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
 from jaxserve.quant.qtensor import quantize_channels
 from jaxserve.sharding.rules import sharding_for
 
-Hold: TypeAlias = Callable[[str, jax.Array], jax.Array]
+Hold: TypeAlias = Callable[[str, jax.Array], Held]
 """Gives a loaded parameter, by its path, the form that programs take."""
 
 _THREADS = 4
@@ -49,7 +49,7 @@ def fill_params(
     mesh: Mesh,
     hold: Hold = as_loaded,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Held]:
     """Loads all parameters.
 
     Args:
@@ -69,7 +69,7 @@ def fill_params(
     rules = match(table, spec, weights, reader.shapes)
     sizes = sizes_of(spec, abstract["layers.attn.qkv.kernel"].shape[2])
     total = sum(info.num_bytes for info in abstract.values())
-    params: dict[str, jax.Array] = {}
+    params: dict[str, Held] = {}
     done = 0
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="load") as pool:
         for path in sorted(weights, key=lambda path: -abstract[path].num_bytes):

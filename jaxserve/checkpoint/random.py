@@ -20,7 +20,7 @@ from jaxtyping import Array, UInt32
 
 from jaxserve.checkpoint.loader import Hold, as_loaded, scale_of
 from jaxserve.checkpoint.tensors import Progress
-from jaxserve.models.params import ParamInfo
+from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
 from jaxserve.quant.qtensor import INT8_MAX
 from jaxserve.sharding.rules import sharding_for
@@ -36,7 +36,7 @@ def random_params(
     seed: int = 0,
     hold: Hold = as_loaded,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Held]:
     """Fills all parameters with reproducible random values.
 
     Args:
@@ -49,7 +49,7 @@ def random_params(
     """
     total = sum(info.num_bytes for info in abstract.values())
     quantized = {scale_of(path) for path in abstract if scale_of(path) in abstract}
-    params: dict[str, jax.Array] = {}
+    params: dict[str, Held] = {}
     done = 0
     for path, info in sorted(abstract.items(), key=lambda item: -item[1].num_bytes):
         std = _std(spec, path)

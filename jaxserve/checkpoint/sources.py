@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,7 +29,7 @@ from jaxserve.checkpoint.safetensors import SafetensorsFolder
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models import registry
-from jaxserve.models.params import ParamInfo
+from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer, tokenizer_from_folder
 
@@ -214,7 +213,7 @@ def load_params(
     seed: int = 0,
     hold: Hold = as_loaded,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Held]:
     """The model's parameters, each on its devices.
 
     Args:

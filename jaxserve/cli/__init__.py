@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from jaxserve.cli import aot, chat, doctor, plan, pull, serve, version
 from jaxserve.cli import compile as compile_bundle
 from jaxserve.cli.bench import subjects as bench
-from jaxserve.core.environment import leave_out_absent_tpu
+from jaxserve.core.environment import leave_out_absent_tpu, take_gpu_memory
 from jaxserve.core.errors import JaxserveError
 
 INTERRUPTED = 130
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     leave_out_absent_tpu()
+    take_gpu_memory()
     try:
         code: int = arguments.run(arguments)
     except JaxserveError as error:

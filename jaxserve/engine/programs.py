@@ -26,6 +26,7 @@ from jaxserve.core.types import SamplingParams
 from jaxserve.engine.batch import Buckets, StepInput, unpack, unpack_rows
 from jaxserve.kv.pool import PoolLayout, copy_pages
 from jaxserve.models.decoder import STACK, Blueprint
+from jaxserve.models.params import Held
 from jaxserve.quant.bits import storage_dtype, to_storage
 from jaxserve.sampling.logprobs import SampleOutput, prompt_logprobs
 from jaxserve.sampling.sampler import sample
@@ -39,7 +40,10 @@ COPY_BATCH = 16
 SCORED_ROWS = 32
 """Prompt positions scored at once; bounds the logits in memory."""
 
-Params: TypeAlias = Mapping[str, Array]
+Params: TypeAlias = Mapping[str, Held]
+AbstractHeld: TypeAlias = jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]
+"""A `Held` before it exists."""
+
 Key: TypeAlias = tuple[str, int]
 """A program's name and its bucket (0 for programs of one shape)."""
 
@@ -85,20 +89,22 @@ class Replica:
         """Width of the page table."""
         return -(-self.limits.max_model_len // self.layout.page_size)
 
-    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_params(self) -> dict[str, AbstractHeld]:
         """The parameters as programs take them, with shardings; the stacked ones are held as `quant/bits` says."""
         platform = self.mesh.devices.flat[0].platform
         structs = {}
         for path, info in self.blueprint.params().items():
             stacked = info.axes[0] == STACK
             dtype = storage_dtype(info.dtype.name, platform) if stacked else info.dtype
-            turned = info.turned or range(len(info.shape))
-            shape = tuple(info.shape[dim] for dim in turned)
-            sharding = sharding_for([info.axes[dim] for dim in turned], shape, self.mesh)
+            dims = info.turned or range(len(info.shape))
+            apart = stacked and self.blueprint.layers_apart
+            shape = tuple(info.shape[dim] for dim in dims[apart:])
+            sharding = sharding_for([info.axes[dim] for dim in dims[apart:]], shape, self.mesh)
             # On a TPU any other order would be changed to this one in every layer of every step.
             order = info.order if platform == "tpu" else None
             place = sharding if order is None else Format(Layout(order), sharding)
-            structs[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            struct = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            structs[path] = (struct,) * info.shape[0] if apart else struct
         return structs
 
     def loaded_otherwise(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,13 +112,14 @@ class Replica:
         infos = self.blueprint.params()
         return {
             path: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding_for(info.axes, info.shape, self.mesh))
-            for path, struct in self.abstract_params().items()
-            if (info := infos[path]).dtype != struct.dtype
-            or info.turned is not None
-            or isinstance(struct.format.layout, Layout)
+            for path, held in self.abstract_params().items()
+            if (info := infos[path]).turned is not None
+            or isinstance(held, tuple)
+            or held.dtype != info.dtype
+            or _is_pinned(held)
         }
 
-    def hold(self, path: str, loaded: Array, executables: Mapping[Key, Any]) -> Array:
+    def hold(self, path: str, loaded: Array, executables: Mapping[Key, Any]) -> Held:
         """A loaded parameter as programs take it; in another form it is deleted.
 
         Held as they are loaded, largest first, parameters take little more memory than the model at any time.
@@ -125,9 +132,9 @@ class Replica:
         holder = self.holders().get(path)
         if holder is None:
             return loaded
-        held: Array = executables[holder.key](loaded)
+        held: Held = executables[holder.key](loaded)
         # What is written into new memory has not given the old back, and nothing is gained by queueing up more.
-        held.block_until_ready()
+        jax.block_until_ready(held)
         loaded.delete()
         return held
 
@@ -135,15 +142,17 @@ class Replica:
         """A program for each parameter that is loaded otherwise than programs take it, by its path."""
         wanted, infos = self.abstract_params(), self.blueprint.params()
         result = {}
+        options = compiler_options(self.mesh.devices.flat[0])
         for index, (path, struct) in enumerate(self.loaded_otherwise().items()):
-            pinned = isinstance(wanted[path].format.layout, Layout)
-            turned = infos[path].turned
+            held, turned = wanted[path], infos[path].turned
+            apart = isinstance(held, tuple)
+            one = held[0] if isinstance(held, tuple) else held
+            pinned = _is_pinned(one)
             function = _jit(
-                partial(_held, dtype=wanted[path].dtype, turned=turned),
-                donate=() if pinned or turned else (0,),
-                out=wanted[path].format if pinned else wanted[path].sharding,
+                partial(_held, dtype=one.dtype, turned=turned, apart=apart),
+                donate=() if pinned or turned or apart else (0,),
+                out=one.format if pinned else one.sharding,
             )
-            options = compiler_options(self.mesh.devices.flat[0].device_kind)
             result[path] = Program(key=("hold", index), function=function, args=(struct,), options=options)
         return result
 
@@ -300,24 +309,33 @@ def programs(replica: Replica) -> list[Program]:
     function = _jit(copy, donate=(0,), out=held)
     result.append(Program(key=("copy_pages", 0), function=function, args=(pool, copies, copies)))
     result.append(Program(key=("allocate", 0), function=_jit(replica.layout.zeros, donate=(), out=held), args=()))
-    options = compiler_options(replica.mesh.devices.flat[0].device_kind)
+    options = compiler_options(replica.mesh.devices.flat[0])
     return [*(replace(program, options=options) for program in result), *replica.holders().values()]
 
 
-def compiler_options(device_kind: str) -> Mapping[str, bool | str]:
-    """What the compiler is told of a kind of device.
+def compiler_options(device: jax.Device) -> Mapping[str, bool | str]:
+    """What the compiler is told of a device.
 
     On v7x, libtpu (0.0.51) lays 16-bit operands of matmuls out in tiles twice as tall as those that arguments have, and
-    so begins every step with a copy of all weights. It is told not to.
+    so begins every step with a copy of all weights. It is told not to. For a GPU, XLA makes matmuls twice rather than
+    keep a result of kilobytes when arguments fill most of the memory, which here they always do.
     """
-    if device_kind.startswith("TPU7"):
+    if device.device_kind.startswith("TPU7"):
         return MappingProxyType({"xla_tpu_control_large_2nd_minor_layout_for_x16": False})
+    if device.platform == "gpu":
+        return MappingProxyType({"xla_disable_hlo_passes": "rematerialization"})
     return MappingProxyType({})
 
 
-def _held(value: Array, *, dtype: jnp.dtype, turned: tuple[int, ...] | None) -> Array:
+def _is_pinned(held: jax.ShapeDtypeStruct) -> bool:
+    """Whether its order in memory is ours to say."""
+    return isinstance(held.format.layout, Layout)
+
+
+def _held(value: Array, *, dtype: jnp.dtype, turned: tuple[int, ...] | None, apart: bool) -> Held:
     """A loaded parameter as programs take it."""
-    return to_storage(value if turned is None else jnp.transpose(value, turned), dtype)
+    value = to_storage(value if turned is None else jnp.transpose(value, turned), dtype)
+    return tuple(value) if apart else value
 
 
 def _jit(function: Callable[..., Any], *, donate: tuple[int, ...], out: Any) -> Any:  # noqa: ANN401 - shardings are pytrees of any form

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.compile import Executables
 from jaxserve.engine.programs import COPY_BATCH, Replica
 from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
+from jaxserve.models.params import Held
 from jaxserve.sampling.logprobs import SampleOutput
 from jaxserve.sampling.state import admission
 
@@ -86,7 +86,7 @@ class DeviceRunner:
         executables: Compiled programs.
     """
 
-    def __init__(self, replica: Replica, params: Mapping[str, Array], executables: Executables) -> None:
+    def __init__(self, replica: Replica, params: Mapping[str, Held], executables: Executables) -> None:
         self._replica = replica
         self._params = params
         self._executables = executables

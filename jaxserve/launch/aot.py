@@ -302,7 +302,7 @@ def abstract_replica(spec: ModelSpec, config: ServeConfig, topology: Topology) -
     """A replica on a slice that is not here; in a process with the topology's environment."""
     shape = config.mesh
     mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor, devices=abstract_devices(topology))
-    return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.hbm_bytes)
+    return plan_replica(config, spec, mesh, device_memory_bytes=topology.chip.serving_bytes)
 
 
 def largest_keys(replica: Replica) -> list[list[object]]:

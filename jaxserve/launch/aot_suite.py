@@ -114,7 +114,7 @@ def run_cases(
         config = config_for(case.model, {}, case.topology)
         costs = costs_of(spec_of(case.model), config.mesh.tensor, config, case.topology.chip.platform)
         weights = costs.weight_bytes()
-        if weights > MEMORY_FRACTION * case.topology.chip.hbm_bytes:
+        if weights > MEMORY_FRACTION * case.topology.chip.serving_bytes:
             yield Outcome(case=case, seconds=0.0, weight_bytes=weights, report=None, problems=())
             continue
         report = aot_report(case.model, case.topology, largest_only=largest_only, progress=progress)

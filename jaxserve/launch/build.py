@@ -46,6 +46,7 @@ from jaxserve.launch.bundle import Bundle, open_bundle, read_key
 from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.costs import weight_bytes
 from jaxserve.models.decoder import Blueprint
+from jaxserve.models.params import Held
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend, preference
 from jaxserve.quant.bits import storage_dtype
@@ -282,7 +283,7 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
 
 def load_weights(
     model: Model, replica: Replica, hold: Hold, *, seed: int = 0, progress: Progress | None = None
-) -> Mapping[str, Array]:
+) -> Mapping[str, Held]:
     """The parameters of a replica, on its devices, as its programs take them.
 
     Args:
@@ -308,10 +309,10 @@ def load_weights(
 
 def _load_and_compile(
     model: Model, replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
-) -> tuple[Mapping[str, Array], Executables]:
+) -> tuple[Mapping[str, Held], Executables]:
     holders: Future[Executables] = Future()
 
-    def hold(path: str, loaded: Array) -> Array:
+    def hold(path: str, loaded: Array) -> Held:
         return replica.hold(path, loaded, holders.result())
 
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:

@@ -144,7 +144,7 @@ def candidate(
         return None
     limits = limits_of(spec, config, topology.chip.platform)
     costs = costs_of(spec, mesh.tensor, config, topology.chip.platform)
-    weights, capacity = costs.weight_bytes(), topology.chip.hbm_bytes
+    weights, capacity = costs.weight_bytes(), topology.chip.serving_bytes
     # What resolve() gives to weights and pool together.
     room = int((config.memory_fraction or MEMORY_FRACTION) * capacity) - weights
     page_bytes = limits.page_size * costs.kv_bytes_per_token
@@ -198,7 +198,7 @@ def choose_tensor(spec: ModelSpec, topology: Topology, config: ServeConfig) -> i
         if topology.num_devices % size == 0 and spec.num_heads % size == 0
     ]
     whole_heads = max(size for size in possible if size <= spec.num_kv_heads)
-    room = ROOM_SHARE * topology.chip.hbm_bytes
+    room = ROOM_SHARE * topology.chip.serving_bytes
     larger = [size for size in possible if size >= whole_heads and weight_bytes(spec, size, config) <= room]
     return larger[0] if larger else possible[-1]
 

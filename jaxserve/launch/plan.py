@@ -26,7 +26,7 @@ from jaxserve.launch.fit import (
     settings_for,
     weight_bytes,
 )
-from jaxserve.launch.verdict import Memory, Question, answer, notes, too_heavy
+from jaxserve.launch.verdict import RUNTIME_SHARE, Memory, Question, answer, notes, too_heavy
 from jaxserve.sharding.topology import Topology
 
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -113,7 +113,7 @@ def plan(
         )
     question = Question(model=model, spec=spec, topology=topology, workload=workload, config=config, mesh_chosen=chosen)
     weights = weight_bytes(spec, config.mesh.tensor, config)
-    if weights > ROOM_SHARE * topology.chip.hbm_bytes:
+    if weights > ROOM_SHARE * topology.chip.serving_bytes:
         return Plan(
             model=model,
             topology=topology,
@@ -138,6 +138,7 @@ def _plan_compiled(
         temporaries=report.temporary_bytes + report.state_bytes,
         code=_code_bytes(report),
         capacity=topology.chip.hbm_bytes,
+        usable=min(topology.chip.serving_bytes, int(topology.chip.hbm_bytes * (1 - RUNTIME_SHARE))),
     )
     counted = lengths or [each for each in LENGTHS if each <= report.max_model_len] or [report.max_model_len]
     at_once = min(workload.concurrency, _sequences(report, workload.longest), report.seq_buckets[-1])

@@ -31,6 +31,7 @@ class Memory:
         temporaries: What the hungriest program needs besides, and the sampler's state.
         code: The programs; those that were not compiled count as the largest of their name.
         capacity: What there is.
+        usable: What the runtime leaves of it.
     """
 
     weights: int
@@ -38,16 +39,12 @@ class Memory:
     temporaries: int
     code: int
     capacity: int
+    usable: int
 
     @property
     def total(self) -> int:
         """All that is needed."""
         return self.weights + self.kv + self.temporaries + self.code
-
-    @property
-    def usable(self) -> int:
-        """What the runtime leaves."""
-        return int(self.capacity * (1 - RUNTIME_SHARE))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,15 @@
 
 A decoder is built abstractly (`nnx.eval_shape`), so its parameters are declared once and exist nowhere until the
 loader makes them. At run time the layers are one stack walked by `lax.scan`, so that neither compile time nor
-dispatch grows with depth; the KV pool is carried through the scan and changed in place, each layer finding its pages
-at `layer * num_pages`.
+dispatch grows with depth, except on GPUs, where they lie apart; the KV pool goes from layer to layer and is changed in
+place, each layer finding its pages at `layer * num_pages`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,17 @@ from jaxserve.models.layers.linear import Numerics, Table
 from jaxserve.models.layers.mlp import MLP
 from jaxserve.models.layers.norm import RMSNorm
 from jaxserve.models.layers.rope import Rotation, rotation
-from jaxserve.models.params import ParamInfo
+from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend
 from jaxserve.pallas.paged_attention.api import AttentionLayer, RaggedBatch, prepared
 from jaxserve.sharding.rules import constrain
 
-Carry: TypeAlias = tuple[Array, Array]
-"""Residual stream and pool, from layer to layer."""
+State = TypeVar("State")
+"""What goes from layer to layer."""
+
+Step: TypeAlias = Callable[[State, nnx.State[Any, Any], Array], State]
+"""A layer: what it is given, its parameters, its index -> what it hands on."""
 
 STACK = "layers"
 """Logical axis, and path prefix, of the parameters that have one entry a layer."""
@@ -109,15 +112,13 @@ class Decoder(nnx.Module):
         turns = rotation(spec.rope, spec.head_dim, batch.positions)
         graph, stacked = nnx.split(self.layers)
 
-        def step(carry: Carry, scanned: tuple[nnx.State[Any, Any], Array]) -> tuple[Carry, None]:
-            x, pages = carry
-            params, index = scanned
+        def step(state: tuple[Array, Array], params: nnx.State[Any, Any], index: Array) -> tuple[Array, Array]:
+            x, pages = state
             layer = AttentionLayer(page_offset=index * num_pages)
             x, pages = nnx.merge(graph, params)(x, pages, batch=batch, layer=layer, rotation=turns)
-            return (self._whole(x), pages), None
+            return self._whole(x), pages
 
-        indices = jnp.arange(spec.num_layers, dtype=jnp.int32)
-        (x, kv_pages), _ = jax.lax.scan(step, (x, kv_pages), (stacked, indices))
+        x, kv_pages = walk(step, (x, kv_pages), stacked, spec.num_layers, apart=self.placement.layers_apart)
         return self.final_norm(x), kv_pages
 
     def logits(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
@@ -138,6 +139,29 @@ class Decoder(nnx.Module):
         return x if self.mesh is None else constrain(x, axes, self.mesh)
 
 
+def walk(step: Step[State], state: State, stacked: nnx.State[Any, Any], num_layers: int, *, apart: bool) -> State:
+    """Takes a step a layer, from the first to the last.
+
+    Args:
+        step: What a layer makes of a state, given its parameters and its index.
+        state: What the first layer is given.
+        stacked: The layers' parameters: arrays with a first dimension of layers, or tuples of one array a layer.
+        num_layers: L.
+        apart: Whether they are tuples. Then each layer has code of its own; it is traced only once.
+
+    Returns:
+        What the last layer makes.
+    """
+    indices = jnp.arange(num_layers, dtype=jnp.int32)
+    if not apart:
+        return jax.lax.scan(lambda state, layer: (step(state, *layer), None), state, (stacked, indices))[0]
+    once = jax.jit(step)
+    for index in range(num_layers):
+        params = jax.tree.map(lambda each, at=index: each[at], stacked, is_leaf=lambda each: isinstance(each, tuple))
+        state = once(state, params, indices[index])
+    return state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """A decoder without its parameters: what to load, and how to put it together inside a jitted function.
@@ -147,12 +171,14 @@ class Blueprint:
         dtype: Of activations.
         graph: The decoder's structure.
         state: Its abstract parameters.
+        layers_apart: Whether programs take each layer's parameters as arrays of their own.
     """
 
     spec: ModelSpec
     dtype: jnp.dtype
     graph: nnx.GraphDef[Decoder]
     state: nnx.State[Any, Any]
+    layers_apart: bool
 
     @classmethod
     def of(
@@ -170,7 +196,7 @@ class Blueprint:
         numerics = Numerics(dtype=jnp.dtype(dtype), quantization=quantization, inputs_last=on_cpu)
         placement = Placement(mesh=mesh, kv_repeat=kv_repeat, backend=backend)
         graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec, numerics=numerics, placement=placement)))
-        return cls(spec=spec, dtype=numerics.dtype, graph=graph, state=state)
+        return cls(spec=spec, dtype=numerics.dtype, graph=graph, state=state, layers_apart=placement.layers_apart)
 
     def params(self) -> dict[str, ParamInfo]:
         """Every parameter by its path: shape, dtype and logical axes."""
@@ -190,7 +216,7 @@ class Blueprint:
             )
         return infos
 
-    def bind(self, params: Mapping[str, Array]) -> Decoder:
+    def bind(self, params: Mapping[str, Held]) -> Decoder:
         """The decoder with its parameters, by path as in `params()`; call it inside the jitted function."""
         flat = [(path, variable.replace(params[_join(path)])) for path, variable in nnx.to_flat_state(self.state)]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))

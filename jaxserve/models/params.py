@@ -8,8 +8,13 @@ dictionary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
+
+Held: TypeAlias = jax.Array | tuple[jax.Array, ...]
+"""A parameter as programs take it: an array, of all layers if layers have it, or an array a layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from jaxserve.core.environment import GPU_MEMORY_SHARE
 from jaxserve.core.errors import ConfigError
 
 GIB = 1 << 30
@@ -76,6 +77,11 @@ class Chip:
     slice_type: str
     counted_per_chip: int
     max_chips: int
+
+    @property
+    def serving_bytes(self) -> int:
+        """Memory that JAX finds when it serves: of a GPU's the share that it is told to take."""
+        return int(self.hbm_bytes * (GPU_MEMORY_SHARE if self.platform == "gpu" else 1))
 
     def peak_flops(self, number_format: str) -> float:
         """Operations a second with operands of a number format; of bfloat16 where it has no unit of its own."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.core import environment
-from jaxserve.core.environment import leave_out_absent_tpu, tpu_is_absent
+from jaxserve.core.environment import GPU_MEMORY_SHARE, leave_out_absent_tpu, take_gpu_memory, tpu_is_absent
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,13 @@ def test_what_jax_sets_where_there_is_no_tpu_is_not_the_users_word(
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_LIBRARY_PATH", "libtpu.so")
     assert tpu_is_absent(tmp_path)
+
+
+def test_jax_takes_most_of_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(name, "0.5")
+    take_gpu_memory()
+    assert os.environ[name] == "0.5"
+    monkeypatch.delenv(name)
+    take_gpu_memory()
+    assert float(os.environ[name]) == GPU_MEMORY_SHARE

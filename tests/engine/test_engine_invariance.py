@@ -14,6 +14,7 @@ from tiny_engine import EOS, SMALL, SPEC, Compiled, compiled, generate_all, on_m
 
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineStats
+from jaxserve.models.layers.attention import Placement
 from jaxserve.sharding.rules import kv_repeat
 
 PARAMETERS: tuple[dict[str, Any], ...] = (
@@ -84,6 +85,18 @@ def test_batched(tiny: Compiled, alone: Results) -> None:
     results, stats = run(tiny, enable_prefix_caching=False)
     assert_same(results, alone)
     assert stats.num_steps < sum(len(events) for events in alone) / 4
+
+
+def test_layers_apart(tiny: Compiled, alone: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: each layer's parameters are arrays of their own."""
+    monkeypatch.setattr(Placement, "layers_apart", True)
+    apart = compiled.__wrapped__()
+    held = apart.replica.abstract_params()
+    stacked = tiny.replica.abstract_params()["layers.mlp.down.kernel"]
+    assert [each.shape for each in held["layers.mlp.down.kernel"]] == [stacked.shape[1:]] * SPEC.num_layers
+    assert held["embed.table"].shape == (SPEC.vocab_size, SPEC.hidden_size)
+    results, _ = run(apart, enable_prefix_caching=False)
+    assert_same(results, alone)
 
 
 def test_in_another_order_of_arrival(tiny: Compiled, alone: Results) -> None:

@@ -157,14 +157,17 @@ def test_weights_are_not_copied_on_v7x() -> None:
 
 @needs_cuda
 def test_steps_compile_for_gpus() -> None:
+    model, spec = "qwen3-0.6b", spec_of("qwen3-0.6b")
     settings = {"mesh": "tensor=2", "max_num_seqs": "16", "max_model_len": "1024", "num_pages": "64"}
-    report = aot_report(MODEL, parse_topology("h100:2"), settings=settings, wanted=(("head", 16), ("decode", 16)))
+    report = aot_report(model, parse_topology("h100:2"), settings=settings, wanted=(("head", 16), ("decode", 16)))
     assert not report.failures
     head, decode = report.programs
     assert decode.aliased_bytes >= report.kv_bytes, "the pool is changed in place"
     assert decode.argument_bytes >= report.kv_bytes + report.weight_bytes
     assert {each.kind for each in head.collectives} == {"all-gather"}
     assert {each.kind for each in decode.collectives} == {"all-reduce"}
+    assert sum(each.count for each in decode.collectives) == 2 * spec.num_layers + 1
+    assert decode.temporary_bytes < spec.hidden_size * 2 * spec.ffn_size, "no layer's weights are copied"
 
 
 @pytest.mark.parametrize(("said", "failure"), [("", "RuntimeError"), ("\nno room\nat all", "no room")])

@@ -43,6 +43,15 @@ class Placement:
         platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
         return Target(platform=platform, backend=self.backend)
 
+    @property
+    def layers_apart(self) -> bool:
+        """Whether each layer's parameters are arrays of their own, not entries of a stack.
+
+        A matmul of a GPU takes whole arrays: XLA copies the entry of a stack in each layer of each step, and that moves
+        the weights three times instead of once.
+        """
+        return self.mesh is not None and self.mesh.devices.flat[0].platform == "gpu"
+
 
 class Attention(nnx.Module):
     """Projections, position embedding, paged attention, output projection."""

@@ -53,7 +53,7 @@ def compile_programs(
         programs: What to compile.
         num_threads: How many are compiled at once.
         mesh: Devices that are not here, from which Pallas learns what it compiles for; None where they are.
-        progress: Called with ("compile", done, total) after each.
+        progress: Called with ("compile", done, total) after each; what it raises ends the compilation.
 
     Returns:
         The executable of each program's key.
@@ -61,10 +61,14 @@ def compile_programs(
     executables: dict[Key, Any] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
         futures = {program.key: pool.submit(_compile, program, mesh) for program in programs}
-        for done, (key, future) in enumerate(futures.items(), start=1):
-            executables[key] = future.result()
-            if progress is not None:
-                progress("compile", done, len(programs))
+        try:
+            for done, (key, future) in enumerate(futures.items(), start=1):
+                executables[key] = future.result()
+                if progress is not None:
+                    progress("compile", done, len(programs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return executables
 
 

@@ -317,8 +317,15 @@ def _load_and_compile(
 
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
         loading = pool.submit(load_weights, model, replica, hold, seed=config.seed, progress=progress)
+
+        def watch(what: str, done: int, total: int) -> None:
+            if loading.done():
+                loading.result()  # a failure is not kept back until everything is compiled
+            if progress is not None:
+                progress(what, done, total)
+
         try:
-            executables = _executables(replica, config, bundle, holders, progress)
+            executables = _executables(replica, config, bundle, holders, watch)
         except BaseException as error:
             if not holders.done():
                 holders.set_exception(error)
@@ -331,7 +338,7 @@ def _executables(
     config: ServeConfig,
     bundle: Bundle | None,
     holders: Future[Executables],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Executables:
     """Every program of a replica; those of `holders` as early as they are there."""
     if bundle is not None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jax.sharding import Mesh
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.cli import main
 from jaxserve.core.config import ServeConfig
-from jaxserve.core.errors import ConfigError
+from jaxserve.core.errors import CheckpointError, ConfigError
 from jaxserve.engine.compile import Executables
-from jaxserve.engine.programs import Replica
+from jaxserve.engine.programs import Program, Replica, programs
 from jaxserve.launch.aot import config_for
 from jaxserve.launch.build import build_engine, find_model, plan_replica, require_attention
+from jaxserve.models.params import Held
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
@@ -64,6 +69,28 @@ def test_pages_of_all_layers_have_a_number() -> None:
     assert replica.layout.num_pages == MOST_PAGES
     with pytest.raises(ConfigError, match=f"={MOST_PAGES + 1} is too many: 30 layers have room for {MOST_PAGES}"):
         plan_replica(replace(config, num_pages=MOST_PAGES + 1), SPEC, make_mesh())
+
+
+def test_a_load_that_fails_ends_the_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    started = threading.Event()
+
+    def fail(*args: object, **kwargs: object) -> Mapping[str, Held]:
+        assert started.wait(60)
+        raise CheckpointError("the weights are lost")
+
+    def compile_slowly(program: Program, mesh: Mesh | None) -> None:
+        compiled.append(program.key)
+        started.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr("jaxserve.launch.build.load_params", fail)
+    monkeypatch.setattr("jaxserve.engine.compile._compile", compile_slowly)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8, compilation_cache=False)
+    model = find_model(config)
+    with pytest.raises(CheckpointError, match="the weights are lost"):
+        build_engine(config, model)
+    assert 0 < len(compiled) < len(programs(plan_replica(config, model.spec, make_mesh())[0])) - 2
 
 
 def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:

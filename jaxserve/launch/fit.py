@@ -127,6 +127,32 @@ def require_length(spec: ModelSpec, workload: Workload, config: ServeConfig) -> 
         )
 
 
+def held(spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig) -> Candidate | None:
+    """A slice that holds a workload or, if no mesh there does, one of its sequences; None if it is too small for that.
+
+    Args:
+        spec: The model.
+        topology: The slice.
+        workload: What is to be held.
+        config: What was asked of serve, but for its mesh.
+    """
+    one = replace(workload, concurrency=1)
+    return candidate(spec, topology, workload, config) or candidate(spec, topology, one, config)
+
+
+def choose_mesh(spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig) -> MeshShape:
+    """How devices share a model: as `held` has it, or as its weights alone want it.
+
+    Args:
+        spec: The model.
+        topology: The slice.
+        workload: What is to be held.
+        config: What was asked of serve, but for its mesh.
+    """
+    found = held(spec, topology, workload, config)
+    return MeshShape(tensor=choose_tensor(spec, topology, config) if found is None else found.tensor)
+
+
 def candidate(
     spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig, mesh: MeshShape | None = None
 ) -> Candidate | None:
@@ -137,9 +163,16 @@ def candidate(
         topology: The slice.
         workload: What must fit into a replica's KV pool.
         config: What was asked of serve, but for its mesh.
-        mesh: How devices share the model; chosen if None.
+        mesh: How devices share the model; if None, the first of `tensor_sizes` that holds the workload.
     """
-    mesh = mesh or MeshShape(tensor=choose_tensor(spec, topology, config))
+    meshes = [MeshShape(tensor=size) for size in tensor_sizes(spec, topology)] if mesh is None else [mesh]
+    found = (_candidate(spec, topology, workload, config, each) for each in meshes)
+    return next((each for each in found if each is not None), None)
+
+
+def _candidate(
+    spec: ModelSpec, topology: Topology, workload: Workload, config: ServeConfig, mesh: MeshShape
+) -> Candidate | None:
     if mesh.num_devices > topology.num_devices:
         return None
     limits = limits_of(spec, config, topology.chip.platform)
@@ -190,17 +223,25 @@ def limits_of(spec: ModelSpec, config: ServeConfig, platform: str) -> ResolvedCo
     )
 
 
-def choose_tensor(spec: ModelSpec, topology: Topology, config: ServeConfig) -> int:
-    """How many devices share a model: as many as have a KV head each, more if the weights need them."""
+def tensor_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
+    """How many devices may share a model, ascending: from as many as have a KV head each.
+
+    With more of them, each keeps a KV head whole and less of the weights, which leaves more room for sequences.
+    """
     possible = [
         size
         for size in (1 << power for power in range(topology.num_devices.bit_length()))
         if topology.num_devices % size == 0 and spec.num_heads % size == 0
     ]
     whole_heads = max(size for size in possible if size <= spec.num_kv_heads)
+    return [size for size in possible if size >= whole_heads]
+
+
+def choose_tensor(spec: ModelSpec, topology: Topology, config: ServeConfig) -> int:
+    """How many devices share a model whatever the workload: as few of `tensor_sizes` as have room for the weights."""
+    sizes = tensor_sizes(spec, topology)
     room = ROOM_SHARE * topology.chip.serving_bytes
-    larger = [size for size in possible if size >= whole_heads and weight_bytes(spec, size, config) <= room]
-    return larger[0] if larger else possible[-1]
+    return next((size for size in sizes if weight_bytes(spec, size, config) <= room), sizes[-1])
 
 
 def weight_bytes(spec: ModelSpec, tensor: int, config: ServeConfig) -> int:

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import MeshShape
 from jaxserve.core.errors import ConfigError
 from jaxserve.launch.aot import AotReport, aot_report, config_for
 from jaxserve.launch.build import Progress
 from jaxserve.launch.estimate import Estimator, ServiceEstimate, StepEstimate, Workload
 from jaxserve.launch.fit import (
     ROOM_SHARE,
-    choose_tensor,
+    choose_mesh,
     costs_of,
     estimator_of,
     pages_for,
@@ -86,7 +85,7 @@ def plan(
         model: A preset, a folder, a .gguf file or a hub id; no weights are read.
         topology: The slice.
         workload: What users send; of its concurrency no more is planned than fits.
-        settings: Flags of serve as text, by setting name; without "mesh" one is chosen.
+        settings: Flags of serve as text, by setting name; without "mesh" one is chosen, for the workload.
         lengths: At which sequences are counted; some usual ones if None.
         offline: Fetch nothing.
         progress: Told how far compiling is.
@@ -102,9 +101,8 @@ def plan(
     require_length(spec, workload, config)
     chosen = "mesh" not in settings
     if chosen:
-        tensor = choose_tensor(spec, topology, config)
-        settings["mesh"] = f"tensor={tensor}"
-        config = replace(config, mesh=MeshShape(tensor=tensor))
+        config = replace(config, mesh=choose_mesh(spec, topology, workload, config))
+        settings["mesh"] = f"tensor={config.mesh.tensor}"
     if config.mesh.num_devices > topology.num_devices:
         raise ConfigError(
             f"The mesh {config.mesh} needs {config.mesh.num_devices} devices and {topology} has "

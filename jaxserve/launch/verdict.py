@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
-from jaxserve.core.config import ServeConfig
+from jaxserve.core.config import MeshShape, ServeConfig
 from jaxserve.launch.aot import AotReport
 from jaxserve.launch.estimate import Workload
-from jaxserve.launch.fit import candidate, pages_for
+from jaxserve.launch.fit import candidate, held, pages_for, tensor_sizes
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.mesh import abstract_mesh
 from jaxserve.sharding.rules import kv_repeat
@@ -159,17 +160,34 @@ def _smaller_pool(question: Question, report: AotReport, memory: Memory) -> str 
 
 
 def _remedies(question: Question) -> Iterator[str]:
-    """What would hold the model and one of the workload's sequences."""
-    one = replace(question.workload, concurrency=1)
-    topology, config = question.topology, question.config
+    """What would hold the model and the workload, or one of its sequences."""
+    spec, topology, workload, config = question.spec, question.topology, question.workload, question.config
     if config.quantization is None:
-        mesh = None if question.mesh_chosen else config.mesh
-        found = candidate(question.spec, topology, one, replace(config, quantization="int8"), mesh)
+        small = replace(config, quantization="int8")
+        if question.mesh_chosen:
+            found = held(spec, topology, workload, small)
+        else:
+            found = candidate(spec, topology, replace(workload, concurrency=1), small, config.mesh)
         if found is not None:
             yield f"with --quantization int8 ({found.weight_bytes / GIB:.1f} GiB)"
-    for larger in slices(topology.chip):
-        if larger.num_chips > topology.num_chips:
-            found = candidate(question.spec, larger, one, config)
-            if found is not None:
-                yield f"on {larger} ({found.weight_bytes / GIB:.1f} GiB a device)"
-                return
+    wider = _wider(question)
+    if wider is not None:
+        yield wider
+
+
+def _wider(question: Question) -> str | None:
+    """More devices that share the model, on this slice or the next that has them; replicas more would hold no more."""
+    spec, workload, config = question.spec, question.workload, question.config
+    one = replace(workload, concurrency=1)
+    larger = [each for each in slices(question.topology.chip) if each.num_chips > question.topology.num_chips]
+    for topology in (question.topology, *larger):
+        chosen = held(spec, topology, workload, config)
+        meshes = [MeshShape(tensor=size) for size in tensor_sizes(spec, topology)]
+        for found in chain([chosen], (candidate(spec, topology, one, config, mesh) for mesh in meshes)):
+            if found is None or found.tensor <= config.mesh.tensor:
+                continue
+            place = [] if topology is question.topology else [f"on {topology}"]
+            # What is chosen there anyway needs no flag.
+            flag = [] if found is chosen and question.mesh_chosen else [f"with --mesh tensor={found.tensor}"]
+            return f"{' '.join(place + flag)} ({found.weight_bytes / GIB:.1f} GiB a device)"
+    return None

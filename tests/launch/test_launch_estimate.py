@@ -63,6 +63,18 @@ def test_a_prefill_by_hand() -> None:
     assert step.seconds == step.compute_s
 
 
+@pytest.mark.parametrize(("slice_name", "rate"), [("v6e:2x4", 918e12), ("h100:8", 494.7e12)])
+def test_float32_is_multiplied_at_the_default_precision(slice_name: str, rate: float) -> None:
+    """In one pass of bfloat16 on TPUs and in TF32 on Hopper; its weights are twice as many bytes."""
+    topology, config = parse_topology(slice_name), ServeConfig(model=LLAMA, dtype="float32")
+    costs = costs_of(spec_of(LLAMA), 8, config, topology.chip.platform)
+    step = estimator_of(costs, topology, config, step_tokens=2048).step("prefill", StepShape.prefill(2048))
+    flops = 2 * 2048 * 80 * LAYER / 8 + 2 * HEAD / 8 + 4 * 80 * 8 * 128 * (2048 * 2049 // 2)
+    assert step.compute_s == pytest.approx(flops / rate, rel=1e-12)
+    norms, embedded, kv = 161 * 8192 * 4, 2048 * 8192 * 4, 80 * 2 * 128 * 4 * 2 * 2048
+    assert step.memory_s == pytest.approx((2 * READ + norms + embedded + kv) / topology.chip.hbm_bytes_per_s, rel=1e-12)
+
+
 def test_a_prompt_is_its_chunks() -> None:
     each = estimator()
     chunks = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,16 @@ import pytest
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.cli import main
-from jaxserve.core.config import ServeConfig
+from jaxserve.core.config import MeshShape, ServeConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.launch import plan as planning
 from jaxserve.launch.aot import AotReport, ProgramReport
 from jaxserve.launch.estimate import Workload
-from jaxserve.launch.fit import Candidate, choose_tensor, costs_of, fit, weight_bytes
+from jaxserve.launch.fit import Candidate, candidate, choose_tensor, costs_of, fit, weight_bytes
 from jaxserve.launch.plan import Plan, plan
 from jaxserve.launch.verdict import GIB
-from jaxserve.sharding.topology import parse_topology
+from jaxserve.sharding.chips import CHIPS
+from jaxserve.sharding.topology import parse_topology, slices
 
 LLAMA = "llama-3.3-70b"
 LOAD = Workload(input_len=1024, output_len=256, concurrency=64)
@@ -53,6 +55,55 @@ def test_the_smallest_slices_that_hold_a_model() -> None:
         each.topology.chip.name: str(each.topology) for each in fit(LLAMA, LOAD, settings={"quantization": "int8"})
     }
     assert (small["v5e"], small["h200"]) == ("v5e:2x4", "h200:1")
+
+
+LONG = Workload(input_len=7168, output_len=1024, concurrency=64)
+
+
+def test_more_devices_share_a_model_where_its_sequences_need_them() -> None:
+    """Eight v6e have room for 324,000 tokens, sixteen for 535,000; 64 sequences of 8,192 are 524,288."""
+    found = {str(each.topology): (each.tensor, each.replicas) for each in fit(LLAMA, LONG, settings={})}
+    assert found == {
+        "v4:2x2x4": (16, 1),
+        "v5p:2x2x1": (4, 1),
+        "v6e:4x4": (16, 1),
+        "tpu7x:2x2x1": (8, 1),
+        "h100:8": (8, 1),
+        "h200:4": (4, 1),
+    }
+    crowd = dataclasses.replace(LONG, concurrency=240)
+    found = {str(each.topology): (each.tensor, each.replicas) for each in fit(LLAMA, crowd, settings={})}
+    assert found == {"v5p:2x2x4": (16, 1), "tpu7x:2x2x2": (16, 1), "h200:8": (8, 1)}
+
+
+def test_no_smaller_slice_holds_it_however_it_is_shared() -> None:
+    found = {each.topology.chip.name: each.topology.num_chips for each in fit(LLAMA, LONG, settings={})}
+    for chip in CHIPS.values():
+        for topology in slices(chip):
+            meshes = [MeshShape(tensor=1 << power) for power in range(topology.num_devices.bit_length())]
+            holds = any(candidate(spec_of(LLAMA), topology, LONG, CONFIG, mesh) for mesh in meshes)
+            assert holds == (topology.num_chips >= found.get(chip.name, math.inf)), str(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "load", "settings", "tensor"),
+    [
+        ("v6e:4x4", LOAD, {}, 8),
+        ("v6e:4x4", LONG, {}, 16),
+        ("v6e:8x8", LONG, {}, 16),
+        # No mesh of a pod holds so many, and eight chips hold some of them.
+        ("v6e:16x16", dataclasses.replace(LONG, concurrency=240), {}, 8),
+        # At 80 KiB a token, 32 chips hold 75,000 beside 8.7 GiB of weights, 64 chips 128,000 beside 4.7.
+        ("v5e:8x8", Workload(input_len=100_000, output_len=256, concurrency=64), {"dtype": "float32"}, 64),
+    ],
+)
+def test_a_slice_is_shared_as_the_workload_needs(
+    monkeypatch: pytest.MonkeyPatch, topology: str, load: Workload, settings: dict[str, str], tensor: int
+) -> None:
+    monkeypatch.setattr(planning, "aot_report", lambda *args, **kwargs: REPORT)
+    found = plan(LLAMA, parse_topology(topology), load, settings=settings)
+    assert found.settings["mesh"] == f"tensor={tensor}"
+    assert found.replicas == parse_topology(topology).num_devices // tensor
 
 
 def test_fit_heeds_what_serve_would() -> None:
@@ -99,6 +150,25 @@ def test_a_model_that_is_too_large_says_what_would_do(capsys: pytest.CaptureFixt
         "llama-3.3-70b does not fit v6e:2x2: its weights take 32.9 GiB on each of 4 devices of 32 GiB, which leaves "
         "too little room for sequences; it would with --quantization int8 (16.4 GiB) or on v6e:2x4 (16.4 GiB a device)."
     )
+
+
+def test_a_mesh_that_is_too_small_says_which_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", LLAMA, "--topology", "v6e:2x4", "--mesh", "tensor=4", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["answer"].endswith(
+        "it would with --quantization int8 (16.4 GiB) or with --mesh tensor=8 (16.4 GiB a device)."
+    )
+    assert main(["plan", LLAMA, "--topology", "v6e:2x2", "--mesh", "tensor=4", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["answer"].endswith(
+        "or on v6e:2x4 with --mesh tensor=8 (16.4 GiB a device)."
+    )
+
+
+def test_what_would_do_is_shared_as_the_workload_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights fit 32 chips, and such a sequence 64 of them."""
+    args = ["--topology", "v5e:2x4", "--dtype", "float32", "--input-len", "100000", "--json"]
+    assert main(["plan", LLAMA, *args]) == 1
+    said = json.loads(capsys.readouterr().out)["answer"]
+    assert said.endswith("it would on v5e:8x8 (4.7 GiB a device).")
 
 
 def test_a_mesh_that_is_too_large_is_refused() -> None:
@@ -170,12 +240,13 @@ def test_a_pool_of_so_many_pages_is_to_have_fewer(monkeypatch: pytest.MonkeyPatc
 
 
 def test_programs_that_leave_no_room_for_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself a larger slice would hold two replicas of the very mesh that is too small."""
     hungry = ProgramReport(name="decode", bucket=2048, compile_s=1, temporary_bytes=16 * GIB)
     for settings in ({}, {"num_pages": "5000"}):
         found = planned(monkeypatch, settings=settings, programs=(hungry,))
         assert found.sentence == (
             "llama-3.3-70b does not fit v6e:2x4 so: a device needs 44.1 GiB and has 31.2; it would with "
-            "--quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
+            "--quantization int8 (8.2 GiB) or on v6e:4x4 with --mesh tensor=16 (8.4 GiB a device)."
         )
 
 
@@ -184,7 +255,8 @@ def test_a_pool_too_small_for_one_request(monkeypatch: pytest.MonkeyPatch) -> No
     assert not found.fits
     assert found.sentence == (
         "llama-3.3-70b fits v6e:2x4 but not one sequence of 1280 tokens does: the pool holds 1216; it would with "
-        "sequences of at most 1216 tokens or with --quantization int8 (8.2 GiB) or on v6e:4x4 (16.4 GiB a device)."
+        "sequences of at most 1216 tokens or with --quantization int8 (8.2 GiB) or on v6e:4x4 with --mesh tensor=16 "
+        "(8.4 GiB a device)."
     )
 
 

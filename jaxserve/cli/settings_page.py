@@ -19,8 +19,8 @@ Generated from `jaxserve/core/config.py` by `python -m jaxserve.cli.settings_pag
 A setting `max_num_seqs` is the flag `--max-num-seqs`, the key `max_num_seqs` of the YAML file given with `--config`,
 and the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. Unknown keys
 and variables are errors. `JAXSERVE_CACHE` moves the cache directory of every command (default:
-`$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, JAX is told to take 95 % of the memory, of which
-`memory_fraction` is a share; `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise.
+`$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, every command tells JAX to take 95 % of the
+memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise.
 
     model: smollm2-135m
     port: 8000

@@ -80,12 +80,14 @@ def leave_out_absent_tpu(root: Path = Path("/")) -> bool:
 GPU_MEMORY_SHARE = 0.95
 """Share of a GPU's memory that JAX takes for itself; CUDA, cuBLAS and NCCL need the rest. JAX's default is 0.75."""
 
-_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+GPU_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Where JAX is told another share; the second name is the older one, and JAX takes only one of them."""
 
 
 def take_gpu_memory() -> None:
     """Tells JAX to take `GPU_MEMORY_SHARE` of a GPU unless somebody has said how much; call it before JAX starts."""
-    os.environ.setdefault(_GPU_SHARE, str(GPU_MEMORY_SHARE))
+    if not any(name in os.environ for name in GPU_SHARE_VARIABLES):
+        os.environ[GPU_SHARE_VARIABLES[0]] = str(GPU_MEMORY_SHARE)
 
 
 def _has_tpu(root: Path) -> bool:

@@ -158,7 +158,9 @@ class LocalEngine:
             for request_id in tuple(self._streams):
                 self._deliver(self._scheduler.abort(request_id))
             self._work.notify()
-        await asyncio.to_thread(self._thread.join)
+        # Looked at again and again, for whoever waits may have to give up.
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
         self._runner.close()
 
     def _run(self) -> None:

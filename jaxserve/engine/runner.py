@@ -14,6 +14,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.compile import Executables
@@ -58,6 +59,7 @@ class DeviceStep:
     """A step on its way; the arrays are being computed."""
 
     bucket: str
+    last: Array
     sampled: SampleOutput | None
     reports: bool
     prompt: SampleOutput | None
@@ -65,6 +67,8 @@ class DeviceStep:
     def result(self) -> StepResult:
         """See `StepHandle.result`."""
         if self.sampled is None:
+            # Nobody's token comes of it, but the loop must not run ahead: what it has dispatched cannot be taken back.
+            self.last.block_until_ready()
             return StepResult(token_ids=[], prompt=None if self.prompt is None else _host(self.prompt))
         return StepResult(
             token_ids=np.asarray(self.sampled.token_ids).tolist(),
@@ -112,14 +116,15 @@ class DeviceRunner:
             prompt = run["score", size](self._params, decoded.hidden, decoded.following)
         sampling = [item.sequence.request.sampling for item in step.items if item.samples]
         if not sampling:
-            return DeviceStep(str(size), None, False, prompt)
+            return DeviceStep(str(size), decoded.last, None, False, prompt)
         rows = self._replica.buckets.seqs_for(len(step.items))
         self._sampling, sampled = run["head", rows](self._params, self._sampling, decoded.last, inputs.packed)
         sampled.token_ids.copy_to_host_async()
-        return DeviceStep(str(size), sampled, any(s.logprobs is not None for s in sampling), prompt)
+        return DeviceStep(str(size), decoded.last, sampled, any(s.logprobs is not None for s in sampling), prompt)
 
     def reset(self) -> None:
         """Makes the KV pool and the sampler's state anew; what a failed step left behind is unusable."""
+        self._delete_state()
         self._builder = self._new_builder()
         self._kv_pages = self._executables["allocate", 0]()
         self._sampling = self._replica.init_sampling()
@@ -128,6 +133,10 @@ class DeviceRunner:
     def close(self) -> None:
         """Gives all device memory back; idempotent. Nothing runs afterwards."""
         self._params = {}
+        self._delete_state()
+
+    def _delete_state(self) -> None:
+        """Gives up what a step changes; there is no room for a second pool."""
         for array in jax.tree.leaves((self._kv_pages, self._sampling)):
             array.delete()
 

@@ -30,7 +30,7 @@ KEEP_ALIVE_S = 75
 """Idle connections are kept this long: longer than load balancers do, so that they are the ones to close."""
 
 FLUSH_S = 5
-"""Seconds that the engine has to abort what is left, and then responses to leave."""
+"""Seconds that the engine has to abort what is left, then responses to leave, then the engine to end its last step."""
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 2048
@@ -104,6 +104,7 @@ def serve_app(
     """Serves until a signal comes, then drains and returns; to be called in the main thread.
 
     If a signal comes while `start` still runs, the process exits with 0 at once: a compilation cannot be interrupted.
+    If the engine's last step does not end, it exits with 1.
 
     Args:
         app: From `create_app`.
@@ -121,22 +122,26 @@ def serve_app(
     _LOG.info("listening on %s port %d", host, sock.getsockname()[1])
     starting = _Starting(start)
 
-    async def main() -> None:
+    async def main() -> bool:
         stop = StopSignal()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.next)
         starting.begin(lambda: loop.call_soon_threadsafe(stop.fail))
-        await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s)
+        return await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+        has_ended = runner.run(main())
     starting.end()
+    if not has_ended:
+        # JAX would wait for the step as the interpreter ends.
+        logging.shutdown()
+        os._exit(1)
 
 
 async def serve(
     app: FastAPI, engine: Engine, sock: socket.socket, *, stop: StopSignal, drain_deadline_s: float
-) -> None:
+) -> bool:
     """Serves on a socket until told to stop, then drains; the engine is closed at the end.
 
     Args:
@@ -145,6 +150,9 @@ async def serve(
         sock: Listening; closed here.
         stop: Says when.
         drain_deadline_s: Seconds that requests in flight have to finish.
+
+    Returns:
+        Whether the engine has ended; one whose last step takes too long is left behind.
     """
     config = uvicorn.Config(
         app,
@@ -168,8 +176,19 @@ async def serve(
         server.should_exit = True
         stopping.cancel()
         await asyncio.wait({serving})
-        await engine.close()
+        has_ended = await _close(engine)
     serving.result()
+    return has_ended
+
+
+async def _close(engine: Engine) -> bool:
+    try:
+        async with asyncio.timeout(FLUSH_S):
+            await engine.close()
+    except TimeoutError:
+        _LOG.error("the engine did not end within %g s", FLUSH_S)
+        return False
+    return True
 
 
 async def _drain(engine: Engine, deadline_s: float, abort: asyncio.Event) -> None:

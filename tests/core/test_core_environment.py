@@ -6,9 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
 
 from jaxserve.core import environment
-from jaxserve.core.environment import GPU_MEMORY_SHARE, leave_out_absent_tpu, take_gpu_memory, tpu_is_absent
+from jaxserve.core.environment import (
+    GPU_MEMORY_SHARE,
+    GPU_SHARE_VARIABLES,
+    leave_out_absent_tpu,
+    take_gpu_memory,
+    tpu_is_absent,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,11 +72,15 @@ def test_what_jax_sets_where_there_is_no_tpu_is_not_the_users_word(
     assert tpu_is_absent(tmp_path)
 
 
-def test_jax_takes_most_of_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+@pytest.mark.parametrize("name", GPU_SHARE_VARIABLES)
+def test_jax_takes_most_of_a_gpu_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """JAX itself reads it; it refuses to be told twice."""
+    for each in GPU_SHARE_VARIABLES:
+        monkeypatch.setenv(each, "to be restored")
+        monkeypatch.delenv(each)
     monkeypatch.setenv(name, "0.5")
     take_gpu_memory()
-    assert os.environ[name] == "0.5"
+    assert generate_pjrt_gpu_plugin_options()["memory_fraction"] == 0.5
     monkeypatch.delenv(name)
     take_gpu_memory()
-    assert float(os.environ[name]) == GPU_MEMORY_SHARE
+    assert generate_pjrt_gpu_plugin_options()["memory_fraction"] == GPU_MEMORY_SHARE

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import pytest
 from engine_conformance import make_request, terminal, tokens, until_idle
 from tiny_engine import Compiled, check_books, compiled, generate_all, new_runner, serving, start, tokens_by_index
@@ -15,6 +16,7 @@ from tiny_engine import Compiled, check_books, compiled, generate_all, new_runne
 from jaxserve.core.errors import UnavailableError
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from jaxserve.engine.loop import LocalEngine
+from jaxserve.engine.programs import Decoded
 from jaxserve.engine.runner import DeviceRunner, StepHandle
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.steps import ScheduledStep, StepResult
@@ -312,3 +314,48 @@ async def test_drain_of_an_idle_engine_is_immediate(tiny: Compiled) -> None:
     assert await asyncio.wait_for(engine.drain(0.0), 5) is True
     assert engine.health().reason.startswith("The engine is draining")
     await engine.close()
+
+
+def test_a_reset_gives_the_old_pool_up_first(tiny: Compiled) -> None:
+    """A device has room for one only."""
+    runner = new_runner(tiny)
+    old = runner._kv_pages
+    alive_when_allocated = []
+
+    def allocate() -> jax.Array:
+        alive_when_allocated.append(not old.is_deleted())
+        return tiny.executables["allocate", 0]()
+
+    runner._executables = {**tiny.executables, ("allocate", 0): allocate}
+    runner.reset()
+    assert alive_when_allocated == [False]
+
+
+@dataclass
+class Late:
+    """An array that is computed when somebody waits for it."""
+
+    waited_for: bool = False
+
+    def block_until_ready(self) -> None:
+        self.waited_for = True
+
+
+def test_a_step_without_tokens_is_waited_for(tiny: Compiled) -> None:
+    """The middle of a prompt: if the loop did not wait, all of the prompt would be dispatched at once."""
+    runner, late = new_runner(tiny), Late()
+
+    def decode(*args: Any) -> tuple[jax.Array, Decoded]:
+        pool, decoded = tiny.executables["decode", 64](*args)
+        return pool, replace(decoded, last=late)
+
+    runner._executables = {**tiny.executables, ("decode", 64): decode}
+    scheduler = new_scheduler(tiny.resolved, ())
+    scheduler.submit(make_request("r", prompt=tuple(range(5, 105))))
+    step = scheduler.schedule()
+    assert step is not None
+    assert [item.samples for item in step.items] == [False]
+    handle = runner.execute(step)
+    assert not late.waited_for
+    assert handle.result().token_ids == []
+    assert late.waited_for

@@ -217,7 +217,7 @@ jax.set_mesh(mesh)
 def spec(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-for heads, kv_heads, head_dim, page, kv_dtype, window, cap in eval(sys.argv[2]):
+for heads, kv_heads, head_dim, page, dtype, kv_dtype, window, cap in eval(sys.argv[2]):
     number, scalar = spec((), jnp.int32), spec((), jnp.float32)
     batch = RaggedBatch(
         page_table=spec((8, 32), jnp.int32), context_lens=spec((8,), jnp.int32), query_starts=spec((9,), jnp.int32),
@@ -225,7 +225,7 @@ for heads, kv_heads, head_dim, page, kv_dtype, window, cap in eval(sys.argv[2]):
     sinks = spec((heads,), jnp.float32) if window else None
     layer = AttentionLayer(page_offset=number, sinks=sinks, k_scale=scalar, v_scale=scalar)
     config = AttentionConfig(scale=0.1, sliding_window=window, soft_cap=cap)
-    q, pool = spec((512, heads, head_dim), jnp.bfloat16), spec((512, page, 2 * kv_heads, head_dim), kv_dtype)
+    q, pool = spec((512, heads, head_dim), dtype), spec((512, page, 2 * kv_heads, head_dim), kv_dtype)
     run = lambda q, new, pool, out, batch, layer: prefill(q, new, pool, out, batch, layer, config=config)
     lowered = jax.jit(run, donate_argnums=(2, 3)).lower(
         q, spec((512, 2 * kv_heads, head_dim), kv_dtype), pool, q, batch, layer)
@@ -246,7 +246,11 @@ def test_compiles_deviceless_and_in_place(name: str) -> None:
         require_compiler(topology)
     except ConfigError as error:
         pytest.skip(str(error))
-    problems = [(32, 8, 128, 128, "bfloat16", None, None), (9, 3, 64, 16, "int8", 100, 30.0)]
+    problems = [
+        (32, 8, 128, 128, "bfloat16", "bfloat16", None, None),
+        (9, 3, 64, 16, "bfloat16", "int8", 100, 30.0),
+        (64, 1, 128, 16, "float32", "float32", None, None),
+    ]
     subprocess.run(
         [sys.executable, "-c", COMPILE, name, repr(problems)],
         env=os.environ | environment(topology),

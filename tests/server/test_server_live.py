@@ -319,6 +319,25 @@ class TestProcess:
                 child.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(child.wait, 10) == 0
 
+    async def test_an_engine_that_does_not_end_is_left_behind(self) -> None:
+        start = """
+    import asyncio
+    from jaxserve.server import lifecycle
+    lifecycle.FLUSH_S = 0.2
+    engine = make_engine()
+    engine.close = lambda: asyncio.sleep(3600)
+    slot.fill(engine)
+    return
+"""
+        with process(start) as (child, url):
+            async with httpx.AsyncClient(base_url=url) as client:
+                await until_status(client, "/ready", 200)
+                child.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(child.wait, 10) == 1
+            assert child.stderr is not None
+            logged = [json.loads(line)["message"] for line in child.stderr.read().splitlines()]
+        assert logged[-2:] == ["drained", "the engine did not end within 0.2 s"]
+
     async def test_failing_start_ends_the_process(self) -> None:
         with process("raise ValueError('no such checkpoint')") as (child, _):
             assert await asyncio.to_thread(child.wait, 30) == 1

@@ -100,7 +100,8 @@ def decode(
         NotImplementedError: Not even the smallest tiles fit, or `decode_tiles.is_supported` says no.
     """
     sizes = decode_sizes(q, kv_pages, batch, config)
-    geometry = cut_decode(sizes, choose_decode_tiles(sizes, current_core()) if tiles is None else tiles)
+    core = current_core()
+    geometry = cut_decode(sizes, choose_decode_tiles(sizes, core) if tiles is None else tiles)
     plan = Plan(geometry=geometry, config=config, compiled=pltpu.is_tpu_device())
     scalars = (
         jnp.stack([layer.page_offset, batch.num_decodes]),
@@ -122,7 +123,7 @@ def decode(
         scratch_shapes=_scratch(plan),
         input_output_aliases={len(arguments) - 2: 0, len(arguments) - 1: 1},
         compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
+            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=core.vmem_limit(geometry.vmem_bytes)
         ),
         name="paged_attention_decode",
     )(*arguments)

@@ -95,7 +95,8 @@ def prefill(
         max_context=batch.page_table.shape[1] * kv_pages.shape[1],
         sliding_window=config.sliding_window,
     )
-    geometry = sizes.cut(choose_tiles(sizes, current_core()) if tiles is None else tiles)
+    core = current_core()
+    geometry = sizes.cut(choose_tiles(sizes, core) if tiles is None else tiles)
     plan = Plan(geometry=geometry, config=config, pages_per_seq=batch.page_table.shape[1])
     scalars = (
         jnp.stack([layer.page_offset, batch.num_decodes, batch.num_seqs]),
@@ -114,7 +115,7 @@ def prefill(
         scratch_shapes=_scratch(plan),
         input_output_aliases={first + 3: 0, first + 4: 1},
         compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=geometry.vmem_bytes
+            disable_bounds_checks=True, has_side_effects=True, vmem_limit_bytes=core.vmem_limit(geometry.vmem_bytes)
         ),
         name="paged_attention_prefill",
     )(*scalars, table_rows(batch.page_table), q, new_kv, out, kv_pages, *sinks)

@@ -81,6 +81,14 @@ class Core:
         """VMEM that a kernel may take: what it does not, the compiler has for what is around it."""
         return self.vmem_bytes * 3 // 4
 
+    def vmem_limit(self, estimate: int) -> int:
+        """What the compiler is allowed for a kernel: twice the estimate, so that one too low is no failure.
+
+        Args:
+            estimate: VMEM that the kernel should take, in bytes.
+        """
+        return max(estimate, min(2 * estimate, self.usable_vmem_bytes))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
@@ -241,7 +249,8 @@ class Geometry(Sizes):
     @property
     def vmem_bytes(self) -> int:
         """VMEM that a call takes, padding included, and room for what the compiler spills."""
-        spilled = 6 * self.block_rows * self.tile_tokens
+        # An exact product of float32 keeps its operands in three parts.
+        spilled = (24 if self.dtype == jnp.float32 else 6) * self.block_rows * self.tile_tokens
         return SPARE_BYTES + spilled + sum(padded_bytes(*each) for each in self.buffers().values())
 
 

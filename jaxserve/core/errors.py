@@ -81,15 +81,17 @@ class QueueFullError(JaxserveError):
     Args:
         message: What is full.
         retry_after_s: Seconds after which a retry is sensible.
+        capacity: Sequences that fit when nobody else is there, if that is known; more will never fit.
     """
 
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
     kind = "rate_limit_error"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1, capacity: int | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.capacity = capacity
 
 
 class UnavailableError(JaxserveError):

@@ -38,7 +38,7 @@ class FakeBehaviour:
         step_delay_s: Seconds a step takes.
         error_after_tokens: Each sequence fails after this many tokens, unless it ended before.
         num_cached_tokens: Prompt tokens reported as found in the prefix cache (at most all but the last).
-        max_num_waiting: Sequences that may wait for a slot.
+        max_num_waiting: Sequences that may wait for a slot beside those for whom one is free.
     """
 
     start_delay_s: float = 0.0
@@ -138,8 +138,10 @@ class FakeEngine:
         if self._refusal:
             raise UnavailableError(self._refusal)
         self._validate(request)
-        if len(self._waiting) + request.n > self.behaviour.max_num_waiting:
-            raise QueueFullError(f"The queue of {self.behaviour.max_num_waiting} sequences is full; try again later.")
+        if len(self._sequences()) + request.n > self._capacity:
+            raise QueueFullError(
+                f"There are {self._capacity} sequences at most; try again later.", capacity=self._capacity
+            )
         self.submitted.append(request)
         stream = _Stream(request=request, abort=self.abort, num_open=request.n)
         self._streams[request.request_id] = stream
@@ -204,6 +206,10 @@ class FakeEngine:
     def _sequences(self) -> list[_Sequence]:
         return [sequence for *_, sequence in self._waiting] + self._running
 
+    @property
+    def _capacity(self) -> int:
+        return self._info.max_num_seqs + self.behaviour.max_num_waiting
+
     def _num_cached(self, request: Request) -> int:
         return min(self.behaviour.num_cached_tokens, len(request.prompt) - 1)
 
@@ -213,6 +219,8 @@ class FakeEngine:
             raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
         if request.n < 1:
             raise InvalidRequestError("n must be at least 1.", param="n")
+        if request.n > self._capacity:
+            raise InvalidRequestError(f"n={request.n}: there are {self._capacity} sequences at most.", param="n")
         if not request.prompt:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         if not all(0 <= token_id < info.vocab_size for token_id in request.prompt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from jaxserve.core.errors import ContextLengthError, InvalidRequestError
+from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
 from jaxserve.core.types import Request
 from jaxserve.engine.policy import MAX_PRIORITY, SchedulerConfig
 from jaxserve.engine.sequence import Sequence, Terms
@@ -43,11 +43,17 @@ def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None
     """Refuses what no queue and no patience could serve.
 
     Raises:
-        InvalidRequestError: The priority is out of range.
+        InvalidRequestError: The priority is out of range, or there are more sequences than slots and queue hold.
         ContextLengthError: Prompt and output exceed the context or the pool.
     """
     if abs(request.priority) > MAX_PRIORITY:
         raise InvalidRequestError(f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}].", param="priority")
+    if request.n > config.capacity:
+        raise InvalidRequestError(
+            f"n={request.n} sequences are more than the {config.capacity} there can be at once ({config.max_num_seqs} "
+            f"that run, {config.max_waiting} that wait); ask for fewer, or start the server with a larger --max-waiting.",
+            param="n",
+        )
     num_prompt, asked = len(request.prompt), request.sampling.max_tokens
     room = min(config.max_model_len, kv.capacity_tokens)
     if num_prompt + (asked or 1) > room:
@@ -55,6 +61,27 @@ def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None
             f"The prompt's {num_prompt} tokens and the {asked or 1} asked for exceed the context of {room} tokens; "
             "shorten the prompt or lower max_tokens.",
             param="prompt" if asked is None or num_prompt >= room else "max_tokens",
+        )
+
+
+def check_room(num_new: int, num_here: int, config: SchedulerConfig, *, retry_after_s: int) -> None:
+    """Refuses what must come back later. Those for whom a slot is free need no place in the queue.
+
+    Args:
+        num_new: Sequences that want to be let in.
+        num_here: Sequences that have not ended, running or waiting.
+        config: Limits.
+        retry_after_s: When to come back.
+
+    Raises:
+        QueueFullError: They would be more than the slots and the queue hold.
+    """
+    if num_here + num_new > config.capacity:
+        raise QueueFullError(
+            f"Beside the {num_here} sequences here there is no room for {num_new} more ({config.max_num_seqs} run, "
+            f"{config.max_waiting} wait at most); try again later.",
+            retry_after_s=retry_after_s,
+            capacity=config.capacity,
         )
 
 

@@ -26,7 +26,7 @@ class SchedulerConfig:
         max_num_batched_tokens: Most tokens a step computes.
         max_model_len: Most tokens of prompt and output together.
         token_buckets: Sizes, ascending, that steps with prefill chunks are padded to; the last bounds a step too.
-        max_waiting: Most sequences in the queue; beyond it a submit is refused.
+        max_waiting: Most sequences in the queue beside those for whom there are slots; beyond it a submit is refused.
         long_prefill_token_threshold: Chunks of prompts longer than this share at most this many tokens of a step while
             other prompts wait.
         watermark: Share of the pool that admission leaves alone while sequences run, so that they can grow.
@@ -58,10 +58,15 @@ class SchedulerConfig:
                 "lower max_num_seqs or raise max_num_batched_tokens",
                 param="max_num_batched_tokens",
             )
-        if self.long_prefill_token_threshold < 1 or self.max_waiting < 1 or self.step_overhead_tokens < 0:
-            raise ConfigError("long_prefill_token_threshold and max_waiting must be at least 1")
+        if self.long_prefill_token_threshold < 1 or self.max_waiting < 0 or self.step_overhead_tokens < 0:
+            raise ConfigError("long_prefill_token_threshold must be at least 1 and max_waiting at least 0")
         if not (0 <= self.watermark < 1 and 0 < self.aging_s < math.inf):
             raise ConfigError("watermark must be in [0, 1) and aging_s positive and finite")
+
+    @property
+    def capacity(self) -> int:
+        """Most sequences there can be: one a slot, and the queue."""
+        return self.max_num_seqs + self.max_waiting
 
     @property
     def step_tokens(self) -> int:

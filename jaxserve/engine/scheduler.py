@@ -17,11 +17,11 @@ from bisect import insort
 from collections.abc import Callable
 from random import Random
 
-from jaxserve.core.errors import InvalidRequestError, QueueFullError
+from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.intake import Departures, check_fits, new_sequences
+from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences
 from jaxserve.engine.policy import SchedulerConfig, admission_reserve
 from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
 from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
@@ -94,17 +94,15 @@ class Scheduler:
         """Queues a request's sequences.
 
         Raises:
-            InvalidRequestError: Its priority is out of range, or its id is in use.
+            InvalidRequestError: Its priority is out of range, its id is in use, or it has too many sequences for ever.
             ContextLengthError: It fits neither the context nor the pool.
-            QueueFullError: The queue is at its bound.
+            QueueFullError: The slots are taken and the queue is at its bound.
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
         check_fits(request, self._config, self._kv)
-        limit = self._config.max_waiting
-        if self.num_waiting + request.n > limit:
-            wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
-            raise QueueFullError(f"The queue of {limit} sequences is full; try again later.", retry_after_s=wait_s)
+        wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
+        check_room(request.n, self.num_waiting + self.num_running, self._config, retry_after_s=wait_s)
         seed = request.sampling.seed
         sequences = new_sequences(
             request,
@@ -194,6 +192,7 @@ class Scheduler:
         assert sorted([*slots, *self._free_slots]) == list(range(self._config.max_num_seqs))
         assert self._running == sorted(self._running, key=rank_of)
         assert self._waiting == sorted(self._waiting, key=rank_of)
+        assert len(live) <= self._config.capacity
         states = [s.status for s in live]
         assert states.count(SequenceStatus.BLOCKED) == self._num_blocked
         assert states.count(SequenceStatus.WAITING) == len(self._waiting)

@@ -79,8 +79,8 @@ async def test_errors_in_the_middle_of_answers() -> None:
 
 
 async def test_load_that_the_queue_refuses() -> None:
-    """All arrive before the engine takes any out of its queue of two."""
-    engine = FakeEngine(INFO, behaviour=FakeBehaviour(start_delay_s=0.5, max_num_waiting=2))
+    """All arrive before the engine runs any; one has a slot and one may wait."""
+    engine = FakeEngine(replace(INFO, max_num_seqs=1), behaviour=FakeBehaviour(start_delay_s=0.5, max_num_waiting=1))
     report = await reports_of(engine, loads=(Load(rate=1e6),), prompt_kind="text", shape=replace(SHAPE, input_tokens=8))
     [(reason, count)] = report.failures.items()
     assert reason.startswith("HTTP 429: ")

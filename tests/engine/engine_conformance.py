@@ -219,6 +219,11 @@ class EngineConformance:
         with pytest.raises(QueueFullError) as caught:
             submit_many()
         assert caught.value.retry_after_s >= 1
+        assert caught.value.capacity == engine.info.max_num_seqs + 2
+        assert len(streams) >= engine.info.max_num_seqs + 2
+        with pytest.raises(InvalidRequestError) as refused:
+            engine.stream(make_request("n", n=engine.info.max_num_seqs + 3))
+        assert refused.value.param == "n"
         for stream in streams:
             assert terminal(await collect(stream)).finish_reason is FinishReason.LENGTH
         await until_idle(engine)

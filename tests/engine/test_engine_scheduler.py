@@ -209,14 +209,44 @@ def test_short_prompts_do_not_starve_a_long_one() -> None:
 
 
 def test_the_queue_is_bounded() -> None:
-    bench = Bench(max_waiting=3)
+    bench = Bench(max_num_seqs=1, max_waiting=2)
     bench.submit("a", [1], n=2)
     with pytest.raises(QueueFullError) as error:
         bench.submit("b", [1], n=2)
     assert error.value.retry_after_s >= 1
+    assert error.value.capacity == 3
     bench.submit("c", [1])
     bench.finish()
     assert len(bench.tokens) == 3
+
+
+@pytest.mark.parametrize("max_waiting", [0, 3])
+def test_arrivals_between_two_steps_have_the_free_slots(max_waiting: int) -> None:
+    bench = Bench(max_num_seqs=16, token_buckets=(16,), max_waiting=max_waiting)
+    for index in range(12):
+        bench.submit(f"early {index}", [1])
+    bench.step()
+    assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (12, 0)
+    for index in range(4 + max_waiting):
+        bench.submit(f"late {index}", [1])
+    with pytest.raises(QueueFullError):
+        bench.submit("too late", [1])
+    bench.step()
+    assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (16, max_waiting)
+    bench.finish()
+    bench.submit("later", [1])
+
+
+def test_more_sequences_than_there_can_ever_be() -> None:
+    bench = Bench(max_num_seqs=4, max_waiting=3)
+    with pytest.raises(InvalidRequestError, match=r"n=8 .* more than the 7 .*larger --max-waiting") as error:
+        bench.submit("a", [1], n=8)
+    assert error.value.param == "n"
+    bench.submit("b", [1], n=7)
+    with pytest.raises(InvalidRequestError, match="n=8"):
+        bench.submit("c", [1], n=8)
+    bench.finish()
+    assert len(bench.tokens) == 7
 
 
 def test_a_full_queue_says_how_long_it_takes() -> None:

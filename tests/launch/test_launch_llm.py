@@ -147,11 +147,13 @@ def test_short_queue_is_waited_for() -> None:
         assert len(llm.generate([[300 + i] for i in range(20)], GREEDY, progress=False)) == 20
 
 
-def test_queue_that_takes_nothing_is_an_error() -> None:
-    with (
-        LLM.from_engine(fake_engine(FakeBehaviour(max_num_waiting=0)), TOKENIZER) as llm,
-        pytest.raises(QueueFullError),
-    ):
+def test_queue_that_takes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: object) -> None:
+        raise QueueFullError("There is no room.")
+
+    engine = fake_engine()
+    monkeypatch.setattr(engine, "stream", refuse)
+    with LLM.from_engine(engine, TOKENIZER) as llm, pytest.raises(QueueFullError):
         llm.generate([[300]], GREEDY, progress=False)
 
 

@@ -28,9 +28,9 @@ from server_harness import (
 )  # fmt: skip
 
 from jaxserve.core.errors import QueueFullError
-from jaxserve.core.types import Request, TokenEvent, TokenLogprobs
+from jaxserve.core.types import Request, SamplingParams, TokenEvent, TokenLogprobs
 from jaxserve.engine.api import EngineInfo
-from jaxserve.engine.fake import FakeEngine
+from jaxserve.engine.fake import FakeBehaviour, FakeEngine
 from jaxserve.server.openai.app import create_app
 from jaxserve.text.chat import ChatTemplate
 
@@ -306,8 +306,10 @@ class TestErrors:
             assert error == response.json()
 
     async def test_queue_full(self) -> None:
-        engine = make_engine(max_num_waiting=2)
+        engine = FakeEngine(replace(INFO, max_num_seqs=1), behaviour=FakeBehaviour(max_num_waiting=2))
         async with client_of(make_app(engine)) as client:
+            sampling = SamplingParams(ignore_eos=True)
+            engine.stream(Request(request_id="other", prompt=(5,), sampling=sampling))
             for stream in (False, True):
                 response = await client.post(CHAT, json=chat(n=3, stream=stream))
                 assert response.status_code == 429
@@ -315,8 +317,31 @@ class TestErrors:
                 assert response.json()["error"]["type"] == "rate_limit_error"
             response = await client.post(COMPLETIONS, json=completion(["A", "B", "C"]))
             assert response.status_code == 429
-            assert engine.stats().num_waiting == 0
-            await post(client, CHAT, chat())
+            assert engine.stats().num_waiting + engine.stats().num_running == 1
+            await post(client, CHAT, chat(n=2))
+
+    @pytest.mark.parametrize(
+        ("route", "body", "param"),
+        [
+            (CHAT, chat(n=4), "n"),
+            (COMPLETIONS, completion(n=4), "n"),
+            (COMPLETIONS, completion(best_of=4), "best_of"),
+            (COMPLETIONS, completion(["A", "B", "C", "D"]), "prompt"),
+            (COMPLETIONS, completion(["A", "B"], n=2), "prompt"),
+        ],
+    )
+    async def test_more_sequences_than_the_server_ever_holds(self, route: str, body: Any, param: str) -> None:
+        """To come back later would not help, so it is no 429; the server is idle."""
+        engine = FakeEngine(replace(INFO, max_num_seqs=1), behaviour=FakeBehaviour(max_num_waiting=2))
+        async with client_of(make_app(engine)) as client:
+            response = await client.post(route, json=body)
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert error["param"] == param
+            assert param in error["message"]
+            assert "3" in error["message"]
+            assert engine.stats().num_waiting + engine.stats().num_running == 0
+            await post(client, COMPLETIONS, completion(["A", "B", "C"]))
 
     async def test_queue_full_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(request: object) -> None:

@@ -11,7 +11,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from jaxserve.core.errors import DeadlineError, EngineError, UnavailableError
+from jaxserve.core.errors import (
+    DeadlineError,
+    EngineError,
+    InvalidRequestError,
+    JaxserveError,
+    QueueFullError,
+    UnavailableError,
+)
 from jaxserve.core.types import FinishReason
 from jaxserve.engine.api import Engine
 from jaxserve.engine.generation import TextEvent, TextStream, generate_text
@@ -82,7 +89,10 @@ class InFlight:
     ) -> None:
         self._engine = engine
         self._requests = generation.requests
-        self._streams = self._submit(tokenizer)
+        try:
+            self._streams = self._submit(tokenizer)
+        except (InvalidRequestError, QueueFullError) as error:
+            raise _of_the_body(error, generation) from error
         self._timers = [
             RequestTimer(metrics, num_prompt_tokens=len(request.prompt), num_sequences=request.n)
             for request in generation.requests
@@ -159,6 +169,22 @@ class InFlight:
             timer.on_finished(event.index, event.finish_reason.value)
             for phases in self._phases[position : position + 1]:
                 phases.on_finished(event.index)
+
+
+def _of_the_body(error: InvalidRequestError | QueueFullError, generation: Generation) -> JaxserveError:
+    """An engine's refusal of one request, in terms of the body that asked for all of them."""
+    requests = generation.requests
+    num_sequences = sum(request.n for request in requests)
+    match error:
+        case QueueFullError(capacity=int(capacity)) if num_sequences > capacity:
+            return InvalidRequestError(
+                f"prompt: {len(requests)} prompts make {num_sequences} sequences, more than the {capacity} that this "
+                "server runs and lets wait at once; send fewer prompts a request.",
+                param="prompt",
+            )
+        case InvalidRequestError(param="n") if requests[0].n != generation.num_choices:
+            return InvalidRequestError(f"best_of: {error.message}", param="best_of")
+    return error
 
 
 async def _single(stream: TextStream) -> AsyncGenerator[tuple[int, TextEvent], None]:

@@ -92,7 +92,7 @@ class Engine(Protocol):
         after the last of the request's n sequences has ended. Closing the iterator early (`aclose`) aborts the request.
 
         Raises:
-            InvalidRequestError: The request can never succeed (too long, too many sequences, bad token id or parameter).
+            InvalidRequestError: The request can never succeed (too long, too many sequences, a bad parameter).
             QueueFullError: The slots are taken and the waiting queue is at its bound.
             UnavailableError: The engine is draining or dead.
         """

@@ -51,7 +51,7 @@ def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None
     if request.n > config.capacity:
         raise InvalidRequestError(
             f"n={request.n} sequences are more than the {config.capacity} there can be at once ({config.max_num_seqs} "
-            f"that run, {config.max_waiting} that wait); ask for fewer, or start the server with a larger --max-waiting.",
+            f"that run, {config.max_waiting} that wait); ask for fewer, or start the server with more --max-waiting.",
             param="n",
         )
     num_prompt, asked = len(request.prompt), request.sampling.max_tokens

@@ -239,7 +239,7 @@ def test_arrivals_between_two_steps_have_the_free_slots(max_waiting: int) -> Non
 
 def test_more_sequences_than_there_can_ever_be() -> None:
     bench = Bench(max_num_seqs=4, max_waiting=3)
-    with pytest.raises(InvalidRequestError, match=r"n=8 .* more than the 7 .*larger --max-waiting") as error:
+    with pytest.raises(InvalidRequestError, match=r"n=8 .* more than the 7 .*more --max-waiting") as error:
         bench.submit("a", [1], n=8)
     assert error.value.param == "n"
     bench.submit("b", [1], n=7)

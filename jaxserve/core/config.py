@@ -87,6 +87,7 @@ class ServeConfig:
     role: str = declare("both", choice("both"), "both prefill and decode in this process")
     host: str = declare("127.0.0.1", str, "address to listen on")
     port: int = declare(8000, integer(0, 65535), "HTTP port; 0 takes a free one")
+    # Who asks for a mesh makes another object than the default, be it equal: that is how a bundle tells them apart.
     mesh: MeshShape = declare(MeshShape(), MeshShape.parse, "how to split the model: tensor=8; other axes stay 1")
     dtype: str | None = declare(
         None,

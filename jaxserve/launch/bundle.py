@@ -88,21 +88,22 @@ class Bundle:
         Raises:
             ConfigError: It asks for something else than the bundle was compiled for.
         """
-        open_ = {setting.name: setting.default for setting in fields(ServeConfig)}
         parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}
+        # Open is what is the default itself: a mesh of one device that was asked for only equals it.
+        asked_for = {each.name for each in fields(ServeConfig) if vars(config)[each.name] is not each.default}
         adopted: dict[str, Any] = {}
         wrong = []
         for name, text in self.settings.items():
             value = parsers[name](text)
             asked = vars(config)[name]
-            if asked not in (open_[name], value):
+            if name in asked_for and asked != value:
                 wrong.append(f"{name} {text} (asked for {asked})")
             adopted[name] = value
         # A replica that was compiled with a setting left open is not the one that is asked for with it.
         wrong += [
             f"{name} left open (asked for {vars(config)[name]})"
             for name in ("quantization", "attention", "memory_fraction")
-            if name not in self.settings and vars(config)[name] != open_[name]
+            if name not in self.settings and name in asked_for
         ]
         self._refuse(wrong)
         return replace(config, **adopted)
@@ -146,12 +147,26 @@ class Bundle:
         devices = list(replica.mesh.devices.flat)
         loaded = {}
         for done, entry in enumerate(self.entries, start=1):
-            payload, in_tree, out_tree = pickle.loads(self._checked(entry))
-            loaded[entry.name, entry.bucket] = deserialize_and_load(
-                payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
-            )
+            loaded[entry.name, entry.bucket] = self._loaded(entry, devices)
             if progress is not None:
                 progress("load programs", done, len(self.entries))
+        return loaded
+
+    def _loaded(self, entry: Entry, devices: list[jax.Device]) -> jax.stages.Compiled:
+        """An executable, ready to run on some devices."""
+        content = self._checked(entry)
+        try:
+            payload, in_tree, out_tree = pickle.loads(content)
+            loaded: jax.stages.Compiled = deserialize_and_load(
+                payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+            )
+        except Exception as error:  # unpickling and the compilers raise what they like
+            reason = str(error).strip().splitlines()
+            raise ConfigError(
+                f"Cannot load {self.folder / entry.file} ({type(error).__name__}{': ' + reason[0] if reason else ''}), "
+                f"though it is as it was written. {_ANEW}",
+                param="bundle",
+            ) from error
         return loaded
 
     def _checked(self, entry: Entry) -> bytes:
@@ -311,7 +326,7 @@ def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
     """A bundle as its manifest says; wrong content raises whatever it may."""
     origin = manifest["origin"]
     if origin["format"] != FORMAT:
-        raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}.", param="bundle")
+        raise ConfigError(f"{folder} is a bundle of format {origin['format']}, not {FORMAT}. {_ANEW}", param="bundle")
     for name in ("flags", "jax_settings", "token_buckets", "seq_buckets"):
         origin[name] = tuple(origin[name])
     parsers = {setting.name: setting.metadata["parse"] for setting in fields(ServeConfig)}

@@ -6,11 +6,13 @@ what runs there, too. No weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.config import ResolvedConfig, load
@@ -27,6 +29,8 @@ from jaxserve.sharding.topology import Message, answer, parse_topology, reply, r
 
 CPU = "cpu"
 """The topology that stands for this machine's processors."""
+
+_CACHE = "jax_enable_compilation_cache"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +126,22 @@ def processors() -> list[jax.Device]:
         ) from error
 
 
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """Everything is compiled, for a while, in every thread, though JAX may keep executables on disk.
+
+    What comes from there runs, but on CPUs it is serialised without its code.
+    """
+    before: bool = jax.config.values[_CACHE]
+    jax.config.update(_CACHE, False)
+    reset_cache()  # JAX looks only once, before it first compiles, whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update(_CACHE, before)
+        reset_cache()
+
+
 def _compile(
     model: str, topology: str, out: Path, settings: Mapping[str, str], key: Path | None, progress: Progress | None
 ) -> Written:
@@ -144,7 +164,8 @@ def _compile(
         replica, resolved = abstract_replica(spec, config, slice_)
         elsewhere = replica.mesh
     at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
-    compiled = compile_programs(programs(replica), num_threads=at_once, mesh=elsewhere, progress=progress)
+    with _without_cache():
+        compiled = compile_programs(programs(replica), num_threads=at_once, mesh=elsewhere, progress=progress)
     shaping = shape_settings(resolved)
     num_bytes = write_bundle(
         out,

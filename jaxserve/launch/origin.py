@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +25,8 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.engine.programs import Replica
 from jaxserve.models.spec import ModelSpec
 
-FORMAT = 2
+FORMAT = 3
+"""2 and before could hold executables that JAX had read from its cache, without their code."""
 
 _SHAPING_PACKAGES = ("engine", "kv", "models", "pallas", "quant", "sampling", "sharding")
 _SHAPING_FILES = (".py", ".json")
@@ -35,6 +37,12 @@ _HARMLESS_FLAGS = (
     *("--xla_dump", "--xla_force_host_platform_device_count"),
     "--xla_tpu_use_enhanced_launch_barrier",
 )
+_FLAG = re.compile(r"""[^\s=]+=(?:"(?:\\.|[^"\\])*"|'[^']*')|\S+""")
+"""A flag of a compiler; its value may hold spaces in quotes."""
+
+_SWITCH = re.compile(r"[^=]+(?:=(?:true|false|[-+]?\d+(?:\.\d*)?))?", re.IGNORECASE)
+"""A flag that is a switch or a number."""
+
 _JAX_SETTINGS = (
     *("jax_enable_x64", "jax_explicit_x64_dtypes", "jax_default_matmul_precision", "jax_allow_f16_reductions"),
     *("jax_default_prng_impl", "jax_threefry_partitionable", "jax_threefry_gpu_kernel_lowering"),
@@ -245,6 +253,33 @@ def jax_settings(values: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def compiler_flags(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """What an environment tells XLA and libtpu that changes executables."""
-    flags = " ".join(environ.get(name, "") for name in _FLAG_VARIABLES).split()
-    return tuple(sorted(flag for flag in flags if not flag.startswith(_HARMLESS_FLAGS)))
+    """What an environment tells XLA and libtpu that changes executables: each flag once, as it takes effect.
+
+    Of the values of a switch or a number the last counts. XLA gathers those of some other flags, such as
+    --xla_disable_hlo_passes; they are all kept, in their order, in one text.
+
+    Raises:
+        ConfigError: XLA is told to read flags from a file that cannot be read.
+    """
+    found = []
+    for variable in _FLAG_VARIABLES:
+        given: dict[str, list[str]] = {}
+        for flag in _FLAG.findall(_flag_text(variable, environ.get(variable, ""))):
+            if not flag.startswith(_HARMLESS_FLAGS):
+                name = flag.partition("=")[0]
+                former = [] if _SWITCH.fullmatch(flag) else given.get(name, [])
+                given[name] = [*former, flag]
+        found += [" ".join(given[name]) for name in sorted(given)]
+    return tuple(found)
+
+
+def _flag_text(variable: str, value: str) -> str:
+    """What a variable tells a compiler; XLA takes what does not begin with a dash for the name of a file of flags."""
+    if variable != "XLA_FLAGS" or not value or value.lstrip().startswith("-"):
+        return value
+    try:
+        return Path(value).read_text(errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read {value}, the file of flags that XLA_FLAGS names: {error.strerror}.", param="bundle"
+        ) from error

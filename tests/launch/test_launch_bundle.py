@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -147,6 +149,24 @@ def test_other_settings_are_refused(folder: Path, settings: dict[str, Any], mess
         open_bundle(folder).adopt(ServeConfig(model=str(MODEL), **settings))
 
 
+def test_one_device_that_was_asked_for_is_no_setting_left_open(folder: Path, tmp_path: Path) -> None:
+    one = open_bundle(folder)
+    two = replace(one, settings={**one.settings, "mesh": "tensor=2"})
+    (tmp_path / "asked.yaml").write_text("mesh: {tensor: 1}\n")
+    asked = (
+        load({"mesh": "tensor=1"}, environ={}),
+        load({}, environ={"JAXSERVE_MESH": "tensor=1"}),
+        load({}, file=tmp_path / "asked.yaml", environ={}),
+        ServeConfig(mesh=MeshShape()),
+    )
+    for config in asked:
+        with pytest.raises(ConfigError, match=r"was compiled for mesh tensor=2 \(asked for data=1,expert=1,tensor=1\)"):
+            two.adopt(config)
+        assert one.adopt(config).mesh == MeshShape(tensor=1)
+    for left_open in (load({}, environ={}), ServeConfig(), replace(ServeConfig(), port=1)):
+        assert two.adopt(left_open).mesh == MeshShape(tensor=2)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -276,6 +296,15 @@ def test_a_manifest_that_says_nonsense(folder: Path, tmp_path: Path, change: dic
         open_bundle(tmp_path)
 
 
+def test_bundles_of_before_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Executables of format 2 may lack their code, and nobody sees it before they run."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["origin"]["format"] = 2
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"is a bundle of format 2, not \d+\. Compile it anew"):
+        open_bundle(tmp_path)
+
+
 def test_a_key_without_a_bundle_is_refused(folder: Path) -> None:
     config = load({"model": str(MODEL), "bundle_key": str(folder.parent / "key")}, environ={})
     source = resolve_source(str(MODEL), cache_dir=folder)
@@ -288,6 +317,37 @@ def test_a_key_without_a_bundle_is_refused(folder: Path) -> None:
 def test_what_jax_adds_to_the_flags_where_there_is_a_tpu_does_not_count() -> None:
     set_by_jax = {"LIBTPU_INIT_ARGS": " --xla_tpu_use_enhanced_launch_barrier=true --xla_tpu_real=1"}
     assert compiler_flags(set_by_jax) == ("--xla_tpu_real=1",)
+
+
+def test_the_last_value_of_a_switch_counts() -> None:
+    def flags(text: str) -> tuple[str, ...]:
+        return compiler_flags({"XLA_FLAGS": text})
+
+    assert flags("--x=true --y=1 --x=false") == flags("--x=false\t--y=2 \n--y=1") == ("--x=false", "--y=1")
+    assert flags("--x=false --x=true") == ("--x=true",)
+    assert flags("--x=false --x") == ("--x",)
+    assert flags('--a="b c" --d="e c"') == ('--a="b c"', '--d="e c"')
+
+
+def test_values_that_xla_gathers_are_all_kept() -> None:
+    """--xla_disable_hlo_passes=a --xla_disable_hlo_passes=b disables both."""
+    assert compiler_flags({"XLA_FLAGS": "--x=a --w=1 --x=b"}) == ("--w=1", "--x=a --x=b")
+
+
+def test_each_compiler_has_its_own_flags() -> None:
+    first = {"XLA_FLAGS": "--x=1", "LIBTPU_INIT_ARGS": "--x=2"}
+    assert compiler_flags(first) == ("--x=1", "--x=2")
+    assert compiler_flags({"XLA_FLAGS": "--x=2", "LIBTPU_INIT_ARGS": "--x=1"}) == ("--x=2", "--x=1")
+
+
+def test_a_file_of_flags_is_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "flags"
+    for content in ("--x=1\n--y=2\n", "--x=1\n--y=3\n"):
+        file.write_text(content)
+        assert compiler_flags({"XLA_FLAGS": str(file)}) == tuple(content.split())
+    assert compiler_flags({"XLA_FLAGS": "\n --x=1"}) == ("--x=1",)
+    with pytest.raises(ConfigError, match=r"Cannot read .*missing, the file of flags that XLA_FLAGS names: No such"):
+        compiler_flags({"XLA_FLAGS": str(tmp_path / "missing")})
 
 
 def test_a_lesser_processor_is_refused(folder: Path) -> None:
@@ -313,6 +373,26 @@ def test_damage_is_found_before_anything_is_loaded(folder: Path, tmp_path: Path)
         open_bundle(damaged)
     with pytest.raises(ConfigError, match="has no bundle"):
         open_bundle(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"words", "UnpicklingError: "),
+        (pickle.dumps((b"", None)), "ValueError: not enough values to unpack"),
+        (pickle.dumps((b"", None, None)), "EOFError"),
+        (pickle.dumps((pickle.dumps("no executable"), None, None)), r"\w+Error: "),
+    ],
+    ids=["no pickle", "another tuple", "nothing in it", "something else in it"],
+)
+def test_a_file_that_is_whole_and_no_executable(folder: Path, tmp_path: Path, content: bytes, reason: str) -> None:
+    spoilt = copy(folder, tmp_path / "spoilt")
+    bundle = open_bundle(spoilt)
+    *others, last = bundle.entries
+    (spoilt / last.file).write_bytes(content)
+    entries = (*others, replace(last, sha256=hashlib.sha256(content).hexdigest()))
+    with pytest.raises(ConfigError, match=rf"Cannot load \S*{last.file} \({reason}.* Compile it anew with"):
+        load_here(replace(bundle, entries=entries))
 
 
 @pytest.mark.parametrize("change", ["swapped files", "a setting that shapes nothing", "a setting too few"])

@@ -119,11 +119,7 @@ class Estimator:
     step_tokens: int
 
     def step(self, name: str, shape: StepShape) -> StepEstimate:
-        """The least a step can take.
-
-        Of float32 this is a bound: its attention is counted at the default precision's rate, as its matmuls are, though
-        TPU kernels multiply it at the highest precision, in several passes.
-        """
+        """The least a step can take."""
         work: StepWork = self.costs.work(shape)
         chip = self.chip
         activation = self.costs.blueprint.dtype.name

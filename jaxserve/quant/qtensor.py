@@ -7,6 +7,7 @@ row, so that the product runs as an integer matmul; the scales are multiplied ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ def contract(
 ) -> Shaped[Array, "T ..."]:
     """Sums x over all dimensions but its first against those of a kernel.
 
+    Float32 is multiplied as such: left to itself a matrix unit rounds it to bfloat16 or TF32.
+
     Args:
         x: Activations, one row a token.
         kernel: [*inputs, *outputs], or [*outputs, *inputs] if `inputs_last`.
@@ -50,14 +53,16 @@ def contract(
         inputs_last: Where the kernel's contracted dimensions are.
     """
     inputs = x.ndim - 1
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    multiply = partial(jax.lax.dot_general, precision=precision, preferred_element_type=dtype)
     if not inputs_last:
         dims = ((tuple(range(1, inputs + 1)), tuple(range(inputs))), ((), ()))
-        return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+        return multiply(x, kernel, dims)
     # As matrices: with more dimensions XLA would first turn the whole kernel around on CPUs, where it is held so.
     outputs = kernel.shape[: kernel.ndim - inputs]
     rows = x.reshape(x.shape[0], -1)
     dims = (((1,), (1,)), ((), ()))
-    y = jax.lax.dot_general(rows, kernel.reshape(-1, rows.shape[1]), dims, preferred_element_type=dtype)
+    y = multiply(rows, kernel.reshape(-1, rows.shape[1]), dims)
     return y.reshape(x.shape[0], *outputs)
 
 

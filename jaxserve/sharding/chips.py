@@ -51,7 +51,7 @@ class Chip:
         platform: JAX's name of its kind, "tpu" or "gpu".
         hbm_bytes: Memory.
         hbm_bytes_per_s: Its bandwidth.
-        flops_per_s: Dense operations a second, by number format of the operands; float32's at JAX's default precision.
+        flops_per_s: Dense operations a second, by number format of the operands.
         links: What connects it with others.
         fast_bytes: VMEM of a TensorCore, or shared memory a block can have.
         cores: TensorCores or streaming multiprocessors.
@@ -89,9 +89,9 @@ class Chip:
 
 
 def _flops(
-    bfloat16: float, *, int8: float | None = None, fp8: float | None = None, float32: float | None = None
+    bfloat16: float, *, int8: float | None = None, fp8: float | None = None, float32: float
 ) -> Mapping[str, float]:
-    rates = {"bfloat16": bfloat16, "float16": bfloat16, "float32": float32 or bfloat16}
+    rates = {"bfloat16": bfloat16, "float16": bfloat16, "float32": float32}
     if int8 is not None:
         rates["int8"] = int8
     if fp8 is not None:
@@ -106,8 +106,7 @@ def _grid(num_axes: int, bytes_per_s: float, *, die_bytes_per_s: float = 0.0) ->
 # 18 links of 25 GB/s each way.
 _NVLINK4 = Links(num_axes=0, bytes_per_s=450e9, die_bytes_per_s=0.0, hop_s=1e-6)
 
-# float32 at JAX's default precision (`jax.lax.Precision`), which matmuls of weights have: a TPU rounds the operands to
-# bfloat16 and multiplies once, Hopper rounds them to TF32 (the data sheets' 989 TFLOP/s are with sparsity).
+# float32 is multiplied as such: by a TPU's matrix unit in six bfloat16 passes, on Hopper without tensor cores.
 _CHIPS = (
     Chip(
         name="v4",
@@ -116,7 +115,7 @@ _CHIPS = (
         platform="tpu",
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1228e9,
-        flops_per_s=_flops(275e12, int8=275e12),
+        flops_per_s=_flops(275e12, int8=275e12, float32=275e12 / 6),
         links=_grid(3, 50e9),
         fast_bytes=16 << 20,
         cores=2,
@@ -133,7 +132,7 @@ _CHIPS = (
         platform="tpu",
         hbm_bytes=16 * GIB,
         hbm_bytes_per_s=820e9,
-        flops_per_s=_flops(197e12, int8=394e12),
+        flops_per_s=_flops(197e12, int8=394e12, float32=197e12 / 6),
         links=_grid(2, 50e9),
         fast_bytes=128 << 20,
         cores=1,
@@ -150,7 +149,7 @@ _CHIPS = (
         platform="tpu",
         hbm_bytes=95 * GIB,
         hbm_bytes_per_s=2765e9,
-        flops_per_s=_flops(459e12, int8=918e12),
+        flops_per_s=_flops(459e12, int8=918e12, float32=459e12 / 6),
         links=_grid(3, 100e9),
         fast_bytes=64 << 20,
         cores=2,
@@ -167,7 +166,7 @@ _CHIPS = (
         platform="tpu",
         hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1640e9,
-        flops_per_s=_flops(918e12, int8=1836e12),
+        flops_per_s=_flops(918e12, int8=1836e12, float32=918e12 / 6),
         links=_grid(2, 100e9),
         fast_bytes=128 << 20,
         cores=1,
@@ -184,7 +183,7 @@ _CHIPS = (
         platform="tpu",
         hbm_bytes=96 * GIB,
         hbm_bytes_per_s=3690e9,
-        flops_per_s=_flops(1153e12, fp8=2307e12),
+        flops_per_s=_flops(1153e12, fp8=2307e12, float32=1153e12 / 6),
         links=_grid(3, 100e9, die_bytes_per_s=600e9),
         fast_bytes=64 << 20,
         cores=1,
@@ -201,7 +200,7 @@ _CHIPS = (
         platform="gpu",
         hbm_bytes=80 * 10**9,
         hbm_bytes_per_s=3350e9,
-        flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=494.7e12),
+        flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
         links=_NVLINK4,
         fast_bytes=227 * KIB,
         cores=132,
@@ -218,7 +217,7 @@ _CHIPS = (
         platform="gpu",
         hbm_bytes=141 * 10**9,
         hbm_bytes_per_s=4800e9,
-        flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=494.7e12),
+        flops_per_s=_flops(989e12, int8=1979e12, fp8=1979e12, float32=67e12),
         links=_NVLINK4,
         fast_bytes=227 * KIB,
         cores=132,

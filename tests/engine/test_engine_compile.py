@@ -164,3 +164,12 @@ def test_second_start_compiles_nothing_and_gives_the_same_tokens(tmp_path: Path)
     assert second["misses"] == 0
     assert second["hits"] >= first["programs"]
     assert second["tokens"] == first["tokens"]
+
+
+@pytest.mark.parametrize("name", ["decode", "head", "score"])
+def test_float32_is_not_rounded_to_what_matrix_units_like(tiny: Compiled, name: str) -> None:
+    """No CPU would, but TPUs and GPUs round the operands of a matmul unless they are told not to."""
+    program = next(each for each in programs(tiny.replica) if each.key[0] == name)
+    matmuls = [line for line in program.lower().as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert matmuls
+    assert [line for line in matmuls if "precision = [HIGHEST, HIGHEST]" not in line] == []

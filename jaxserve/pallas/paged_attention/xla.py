@@ -28,6 +28,9 @@ MASKED = -1e30
 FAR = (1 << 31) - 1
 """A position no sequence reaches."""
 
+EXACT = jax.lax.Precision.HIGHEST
+"""Float32 stays float32: left to itself a matrix unit rounds it to bfloat16 or TF32."""
+
 Scalar: TypeAlias = Int32[Array, ""]
 Grouped: TypeAlias = Float[Array, "T K G H"]
 
@@ -219,7 +222,7 @@ def _update(
     ],
     soft_cap: float | None,
 ) -> Softmax:
-    logits = jnp.einsum("bkqh,bckh->bkqc", query, keys)
+    logits = jnp.einsum("bkqh,bckh->bkqc", query, keys, precision=EXACT)
     if soft_cap is not None:
         logits = jnp.float32(soft_cap) * jnp.tanh(logits / jnp.float32(soft_cap))
     shown = visible[:, None]
@@ -227,5 +230,5 @@ def _update(
     peak = jnp.maximum(state.peak, jnp.max(logits, axis=3))
     weights = jnp.where(shown, jnp.exp(logits - peak[..., None]), jnp.float32(0))
     decay = jnp.exp(state.peak - peak)
-    added = jnp.einsum("bkqc,bckh->bkqh", weights, values)
+    added = jnp.einsum("bkqc,bckh->bkqh", weights, values, precision=EXACT)
     return Softmax(peak, state.total * decay + jnp.sum(weights, axis=3), state.values * decay[..., None] + added)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -60,10 +60,10 @@ def compile_programs(
     """
     executables: dict[Key, Any] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
-        futures = {program.key: pool.submit(_compile, program, mesh) for program in programs}
+        futures = {pool.submit(_compile, program, mesh): program.key for program in programs}
         try:
-            for done, (key, future) in enumerate(futures.items(), start=1):
-                executables[key] = future.result()
+            for done, future in enumerate(as_completed(futures), start=1):
+                executables[futures[future]] = future.result()
                 if progress is not None:
                     progress("compile", done, len(programs))
         except BaseException:

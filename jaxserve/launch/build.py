@@ -1,27 +1,23 @@
 """From a configuration to an engine that is ready: source, spec, parameters, programs, loop.
 
-Parameters load on one thread while programs compile on others: both need only the abstract parameters. Programs that
-give a parameter its form come first, for each loaded one waits for its own. Nothing here decides anything; it wires
-what the other packages own.
+Nothing here decides anything; it wires what the other packages own.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from jaxserve.checkpoint.loader import Hold
 from jaxserve.checkpoint.presets import default_presets_dir
-from jaxserve.checkpoint.sources import CheckpointSource, load_params, load_spec, load_tokenizer, resolve_source
+from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype
 from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import ConfigError
@@ -29,24 +25,20 @@ from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import (
     CompileCounter,
-    Executables,
-    compile_holders,
-    compile_programs,
-    compiles_at_once,
     enable_persistent_cache,
 )
 from jaxserve.engine.loop import LocalEngine, StepObserver
 from jaxserve.engine.policy import SchedulerConfig
-from jaxserve.engine.programs import Replica, programs
+from jaxserve.engine.programs import Replica
 from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout, held_heads
 from jaxserve.launch.bundle import Bundle, open_bundle, read_key
+from jaxserve.launch.loading import load_and_compile
 from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.costs import weight_bytes
 from jaxserve.models.decoder import Blueprint
-from jaxserve.models.params import Held
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend, preference
 from jaxserve.quant.bits import storage_dtype
@@ -218,9 +210,10 @@ def build_engine(
     if config.compilation_cache:
         enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
     replica, resolved = plan_replica(config, model.spec, mesh)
-    params, executables = _load_and_compile(model, replica, config, bundle, progress)
-    runner = DeviceRunner(replica, params, executables)
-    runner.warm_up()
+    params, executables = load_and_compile(model.source, model.spec, replica, config, bundle, progress)
+    with _room_for_pool(replica):
+        runner = DeviceRunner(replica, params, executables)
+        runner.warm_up()
     release_free_memory()
     counter = CompileCounter()
     counter.start()
@@ -281,75 +274,24 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
     )
 
 
-def load_weights(
-    model: Model, replica: Replica, hold: Hold, *, seed: int = 0, progress: Progress | None = None
-) -> Mapping[str, Held]:
-    """The parameters of a replica, on its devices, as its programs take them.
-
-    Args:
-        model: What is served.
-        replica: The shapes and the devices.
-        hold: Gives each parameter that form.
-        seed: Of random weights.
-        progress: Told about bytes of parameters.
+@contextmanager
+def _room_for_pool(replica: Replica) -> Iterator[None]:
+    """Where the KV pool is made: that there is no memory for it is the configuration's fault.
 
     Raises:
-        CheckpointError: The weights cannot be loaded.
+        ConfigError: There is none.
     """
-    return load_params(
-        model.source,
-        model.spec,
-        replica.blueprint.params(),
-        mesh=replica.mesh,
-        seed=seed,
-        hold=hold,
-        progress=progress,
-    )
-
-
-def _load_and_compile(
-    model: Model, replica: Replica, config: ServeConfig, bundle: Bundle | None, progress: Progress | None
-) -> tuple[Mapping[str, Held], Executables]:
-    holders: Future[Executables] = Future()
-
-    def hold(path: str, loaded: Array) -> Held:
-        return replica.hold(path, loaded, holders.result())
-
-    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(load_weights, model, replica, hold, seed=config.seed, progress=progress)
-
-        def watch(what: str, done: int, total: int) -> None:
-            if loading.done():
-                loading.result()  # a failure is not kept back until everything is compiled
-            if progress is not None:
-                progress(what, done, total)
-
-        try:
-            executables = _executables(replica, config, bundle, holders, watch)
-        except BaseException as error:
-            if not holders.done():
-                holders.set_exception(error)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return loading.result(), executables
-
-
-def _executables(
-    replica: Replica,
-    config: ServeConfig,
-    bundle: Bundle | None,
-    holders: Future[Executables],
-    progress: Progress,
-) -> Executables:
-    """Every program of a replica; those of `holders` as early as they are there."""
-    if bundle is not None:
-        loaded = bundle.load(replica, config, progress=progress)
-        holders.set_result(loaded)
-        return loaded
-    first = compile_holders(replica)
-    holders.set_result(first)
-    others = [program for program in programs(replica) if program.key not in first]
-    at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
-    return {**first, **compile_programs(others, num_threads=at_once, progress=progress)}
+        needed = replica.layout.device_bytes(replica.mesh) / (1 << 30)
+        raise ConfigError(
+            f"A device has no room for {needed:.1f} GiB of KV cache beside the weights "
+            f"({str(error).splitlines()[0]}); lower num_pages={replica.layout.num_pages} or memory_fraction.",
+            param="num_pages",
+        ) from error
 
 
 def _device_memory_bytes(device: jax.Device) -> int | None:

@@ -22,6 +22,7 @@ from jaxserve.engine.programs import programs
 from jaxserve.launch.aot import abstract_replica, config_for
 from jaxserve.launch.build import Progress, plan_replica
 from jaxserve.launch.bundle import read_key, require_place, write_bundle
+from jaxserve.launch.loading import attention_as_asked
 from jaxserve.launch.origin import Origin, cpu_features
 from jaxserve.pallas.dispatch import Backend
 from jaxserve.sharding.mesh import make_mesh
@@ -164,7 +165,7 @@ def _compile(
         replica, resolved = abstract_replica(spec, config, slice_)
         elsewhere = replica.mesh
     at_once = compiles_at_once(replica.mesh.devices.flat[0].device_kind)
-    with _without_cache():
+    with _without_cache(), attention_as_asked(config):
         compiled = compile_programs(programs(replica), num_threads=at_once, mesh=elsewhere, progress=progress)
     shaping = shape_settings(resolved)
     num_bytes = write_bundle(

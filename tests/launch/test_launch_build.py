@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
-from jaxserve.checkpoint.sources import spec_of
+from jaxserve.checkpoint.loader import Hold
+from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, spec_of
 from jaxserve.cli import main
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import CheckpointError, ConfigError
@@ -19,7 +22,9 @@ from jaxserve.engine.compile import Executables
 from jaxserve.engine.programs import Program, Replica, programs
 from jaxserve.launch.aot import config_for
 from jaxserve.launch.build import build_engine, find_model, plan_replica, require_attention
-from jaxserve.models.params import Held
+from jaxserve.launch.loading import load_and_compile
+from jaxserve.models.params import Held, ParamInfo
+from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
@@ -84,7 +89,7 @@ def test_a_load_that_fails_ends_the_compilation(monkeypatch: pytest.MonkeyPatch)
         started.set()
         time.sleep(0.05)
 
-    monkeypatch.setattr("jaxserve.launch.build.load_params", fail)
+    monkeypatch.setattr("jaxserve.launch.loading.load_params", fail)
     monkeypatch.setattr("jaxserve.engine.compile._compile", compile_slowly)
     config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8, compilation_cache=False)
     model = find_model(config)
@@ -97,9 +102,77 @@ def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: 
     def fail(replica: Replica) -> Executables:
         raise ConfigError("the compiler is lost")
 
-    monkeypatch.setattr("jaxserve.launch.build.compile_holders", fail)
+    monkeypatch.setattr("jaxserve.launch.loading.compile_holders", fail)
     config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8, compilation_cache=False)
     model = find_model(config)
     assert plan_replica(config, model.spec, make_mesh())[0].holders(), "nothing would wait"
     with pytest.raises(ConfigError, match="the compiler is lost"):
         build_engine(config, model)
+
+
+def test_a_compilation_that_fails_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even once the first parameters are held."""
+    held = []
+    failed = threading.Event()
+
+    def load(
+        source: CheckpointSource, spec: ModelSpec, abstract: Mapping[str, ParamInfo], *, hold: Hold, **_: object
+    ) -> Mapping[str, Held]:
+        for path, info in abstract.items():
+            held.append(path)
+            hold(path, jnp.zeros(info.shape, info.dtype))
+            assert failed.wait(60)
+        raise AssertionError("nobody ended it")
+
+    def fail(*_: object, **__: object) -> Executables:
+        while not held:
+            time.sleep(0.01)
+        threading.Timer(0.2, failed.set).start()
+        raise ConfigError("the compiler is lost")
+
+    monkeypatch.setattr("jaxserve.launch.loading.load_params", load)
+    monkeypatch.setattr("jaxserve.launch.loading.compile_programs", fail)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8, compilation_cache=False)
+    with pytest.raises(ConfigError, match="the compiler is lost"):
+        build_engine(config, find_model(config))
+    assert len(held) == 2, "the second one was refused"
+
+
+def test_a_compiler_that_bears_one_program_at_a_time_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights are made by programs, which another thread would compile."""
+    threads = set()
+
+    def loaded(*_: object, hold: Hold, **__: object) -> Mapping[str, Held]:
+        threads.add(threading.current_thread().name)
+        return {}
+
+    monkeypatch.setattr("jaxserve.launch.loading.load_params", loaded)
+    monkeypatch.setattr("jaxserve.launch.loading.compile_programs", lambda *_, **__: {})
+    replica, config = plan_replica(ServeConfig(model=MODEL), SPEC, make_mesh())[0], ServeConfig(model=MODEL)
+    source = CheckpointSource(kind=SourceKind.RANDOM, path=Path("random"), name="random")
+    load_and_compile(source, SPEC, replica, config, None, None)
+    assert threads == {"load_0"}
+    monkeypatch.setattr("jaxserve.launch.loading.compiles_at_once", lambda kind: 1)
+    load_and_compile(source, SPEC, replica, config, None, None)
+    assert threads == {"load_0", "MainThread"}
+
+
+def test_attention_that_was_asked_for_and_cannot() -> None:
+    config = ServeConfig(
+        model=MODEL, attention="tpu", kv_cache_dtype="float16", max_model_len=64, num_pages=8, compilation_cache=False
+    )
+    with pytest.raises(ConfigError, match="--attention tpu cannot serve this: TPUs have no arithmetic for float16"):
+        build_engine(config, find_model(config))
+
+
+def test_a_pool_for_which_there_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 18 bytes.\nMore of it.")
+
+    monkeypatch.setattr("jaxserve.launch.build.load_and_compile", lambda *_: ({}, {}))
+    monkeypatch.setattr("jaxserve.launch.build.DeviceRunner", lacking)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=4096, compilation_cache=False)
+    with pytest.raises(
+        ConfigError, match=r"no room for 1\.4 GiB of KV cache .*allocating 18 bytes\.\); lower num_pages="
+    ):
+        build_engine(config, find_model(config))

@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxserve.bench.step import measure_steps, table
     from jaxserve.cli.serve import config_of
     from jaxserve.engine.compile import compile_holders
-    from jaxserve.launch.build import find_model, load_weights, plan_replica
+    from jaxserve.launch.build import find_model, plan_replica
+    from jaxserve.launch.loading import load_weights
     from jaxserve.launch.progress import ProgressDisplay
     from jaxserve.sharding.mesh import make_mesh
     from jaxserve.telemetry import logging
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         mesh = make_mesh(data=shape.data, expert=shape.expert, tensor=shape.tensor)
         replica, _ = plan_replica(config, model.spec, mesh)
         hold = partial(replica.hold, executables=compile_holders(replica))
-        params = load_weights(model, replica, hold, seed=config.seed, progress=progress)
+        params = load_weights(model.source, model.spec, replica, hold, seed=config.seed, progress=progress)
         times = measure_steps(replica, params, [(number, arguments.context) for number in arguments.seqs])
     if arguments.json:
         print(json.dumps({"steps": [each.as_json() for each in times]}, indent=2))

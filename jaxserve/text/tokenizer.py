@@ -17,10 +17,15 @@ from typing import Protocol
 import tokenizers
 
 from jaxserve.core.errors import CheckpointError, InvalidRequestError
+from jaxserve.text.coverage import coverage_of
 from jaxserve.text.token_bytes import TokenDecoder, parse_decoder
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which tokenizer_config.json lists special tokens and chat templates read them."""
+
+
+LONG_TEXT_CHARS = 4096
+"""Texts above this are encoded without Python's lock, which costs shorter ones more than it is worth."""
 
 
 class Tokenizer(Protocol):
@@ -66,6 +71,10 @@ class Tokenizer(Protocol):
         Raises:
             InvalidRequestError: The text has an unpaired surrogate.
         """
+        ...
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound on the tokens of a text that takes no tokenisation; 0 if nothing is known."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -122,6 +131,7 @@ class BackendTokenizer:
         )
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._coverage = coverage_of(backend)
         self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._bytes: dict[int, bytes] = {}
 
@@ -166,9 +176,13 @@ class BackendTokenizer:
             ) from error
         prefix, suffix = self.facts.prefix_ids, self.facts.suffix_ids
         if not add_special_tokens or prefix is not None or suffix is not None:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-            return [*(prefix or ()), *ids, *(suffix or ())] if add_special_tokens else list(ids)
-        return list(self.backend.encode(text).ids)
+            ids = self._encode(text, add_special_tokens=False)
+            return [*(prefix or ()), *ids, *(suffix or ())] if add_special_tokens else ids
+        return self._encode(text, add_special_tokens=True)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound on the tokens of a text; see `Tokenizer.fewest_tokens`."""
+        return 0 if self._coverage is None else self._coverage.fewest_tokens(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids from the start of a text; see `Tokenizer.decode`."""
@@ -193,6 +207,13 @@ class BackendTokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token."""
         return token_id in self._special
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= LONG_TEXT_CHARS:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of the library's ways to encode, those for batches let other threads of Python run meanwhile.
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
 
 def tokenizer_from_folder(path: str | Path, *, eos_token_ids: Sequence[int] = ()) -> BackendTokenizer:

@@ -6,7 +6,7 @@ Parsers turn text, wherever it came from, into a value or raise a ValueError tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,29 +20,50 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def choice(*choices: str) -> Callable[[str], str]:
-    """A parser of one of some words."""
-    return checked(str, lambda text: text in choices, f"one of {', '.join(choices)}")
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A parser of one of some words.
+
+    Attributes:
+        words: The words.
+    """
+
+    words: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """The text if it is one of the words."""
+        if text not in self.words:
+            raise ValueError(f"'{text}' is not one of {', '.join(self.words)}")
+        return text
+
+
+def choice(*words: str) -> Choice:
+    """A parser of one of some words; `declare` lists them in --help."""
+    return Choice(words)
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """A parser of a whole number in [low, high]."""
-    wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    wanted = f"a whole number of at least {low}" if high is None else f"a whole number in [{low}, {high}]"
     return checked(int, lambda value: value >= low and (high is None or value <= high), wanted)
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
     """A parser of a number in [low, high]."""
-    return checked(float, lambda value: low <= value <= high, f"in [{low}, {high}]")
+    return checked(float, lambda value: low <= value <= high, f"a number in [{low:g}, {high:g}]")
 
 
 def checked(read: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
-    """A parser that reads text as `read` does and refuses what does not hold."""
+    """A parser that reads text as `read` does and refuses what it cannot read and what does not hold."""
 
     def parse(text: str) -> T:
-        value = read(text)
+        refusal = ValueError(f"'{text}' is not {wanted}")
+        try:
+            value = read(text)
+        except ValueError as error:
+            raise refusal from error
         if not holds(value):
-            raise ValueError(f"'{text}' is not {wanted}")
+            raise refusal
         return value
 
     return parse
@@ -54,5 +75,11 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def declare(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type
-    """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None."""
+    """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None.
+
+    Where text must be one of some words, --help lists them, with the one that means None.
+    """
+    if isinstance(parse, Choice):
+        words = parse.words if none is None else (none, *parse.words)
+        what = f"{what}; one of: {', '.join(words)}"
     return field(default=default, metadata={"parse": parse, "help": what, "none": none})

@@ -86,6 +86,42 @@ class TestLoad:
     def test_auto_can_be_said(self) -> None:
         assert load({"dtype": "auto", "quantization": "none"}, environ={}) == ServeConfig()
 
+    @pytest.mark.parametrize(
+        ("variable", "text", "wanted"),
+        [
+            ("PORT", "abc", r"a whole number in \[0, 65535\]"),
+            ("PORT", "70000", r"a whole number in \[0, 65535\]"),
+            ("MAX_NUM_SEQS", "", r"a whole number in \[1, 4096\]"),
+            ("SEED", "1.5", "a whole number of at least 0"),
+            ("MEMORY_FRACTION", "most", r"a number in \[0.01, 1\]"),
+            ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
+            ("OFFLINE", "perhaps", "true or false"),
+        ],
+    )
+    def test_an_error_names_the_variable_and_what_it_must_be(self, variable: str, text: str, wanted: str) -> None:
+        with pytest.raises(ConfigError, match=f"JAXSERVE_{variable}: '{text}' is not {wanted}"):
+            load({}, environ={f"JAXSERVE_{variable}": text})
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("role", "both"),
+            ("dtype", "auto, float32, bfloat16, float16"),
+            ("kv_cache_dtype", "auto, float32, bfloat16, float16"),
+            ("quantization", "none, int8"),
+            ("attention", "auto, reference, xla, tpu, gpu"),
+            ("log_level", "debug, info, warning, error"),
+            ("log_format", "text, json"),
+        ],
+    )
+    def test_help_lists_the_choices(self, name: str, words: str) -> None:
+        parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=1000))
+        add_arguments(parser)
+        _, _, about = parser.format_help().rpartition(f"--{name.replace('_', '-')} VALUE")
+        assert f"; one of: {words} (default: " in about.partition("--")[0]
+        for word in words.split(", "):
+            load({name: word}, environ={})
+
     def test_one_error_lists_all_that_is_wrong(self, tmp_path: Path) -> None:
         file = yaml(tmp_path, "prot: 1\nport: many\n")
         environ = {"JAXSERVE_SEEED": "1", "JAXSERVE_DTYPE": "int3", "HOME": "/"}

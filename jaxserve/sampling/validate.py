@@ -20,6 +20,15 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_PENALTY = 2.0
 MAX_BIAS_VALUE = 100.0
 
+MAX_STOP_IDS = 64
+"""Most stop token ids a request may have, end-of-sequence tokens included."""
+
+MAX_BIAS_IDS = 300
+"""Most entries of `logit_bias`; OpenAI's bound."""
+
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LEN = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingLimits:
@@ -38,10 +47,10 @@ class SamplingLimits:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
-    max_stop_ids: int = 64
-    max_bias_ids: int = 300
-    max_bad_words: int = 64
-    max_bad_word_len: int = 16
+    max_stop_ids: int = MAX_STOP_IDS
+    max_bias_ids: int = MAX_BIAS_IDS
+    max_bad_words: int = MAX_BAD_WORDS
+    max_bad_word_len: int = MAX_BAD_WORD_LEN
 
 
 def validate_sampling(params: SamplingParams, limits: SamplingLimits) -> None:

@@ -25,6 +25,7 @@ from server_harness import (
 
 from jaxserve.engine.fake import FakeEngine
 from jaxserve.server.openai.app import create_app
+from jaxserve.server.openai.schema import MAX_STOP_STRINGS
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 IMAGE = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
@@ -101,6 +102,11 @@ BAD_BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "prompt floats": (COMPLETIONS, completion([1.0, 2.0]), 400, "prompt"),
     "prompt ids out of vocabulary": (COMPLETIONS, completion([5, 1 << 20]), 400, "prompt"),
     "prompt ids negative": (COMPLETIONS, completion([-1]), 400, "prompt"),
+    "messages too long": (CHAT, chat("x" * 300), 400, "messages"),
+    "too many messages": (
+        CHAT, {"model": "fake", "messages": [{"role": "user", "content": ""}] * 16_385}, 400, "messages",
+    ),
+    "prompt ids too long": (COMPLETIONS, completion([5] * 300), 400, "prompt"),
     "prompt too long": (COMPLETIONS, completion("x" * 300), 400, "prompt"),
     "prompt and max_tokens too long": (COMPLETIONS, completion("x", max_tokens=1000), 400, "prompt"),
     "second prompt too long": (COMPLETIONS, completion(["x", "x" * 300]), 400, "prompt"),
@@ -124,6 +130,7 @@ BAD_BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "top_p above one": (CHAT, chat(top_p=1.1), 400, "top_p"),
     "top_k below minus one": (CHAT, chat(top_k=-2), 400, "top_k"),
     "min_p above one": (CHAT, chat(min_p=1.5), 400, "min_p"),
+    "repetition_penalty too small": (CHAT, chat(repetition_penalty=0.009), 400, "repetition_penalty"),
     "repetition_penalty zero": (CHAT, chat(repetition_penalty=0), 400, "repetition_penalty"),
     "presence_penalty too large": (CHAT, chat(presence_penalty=2.5), 400, "presence_penalty"),
     "frequency_penalty too small": (CHAT, chat(frequency_penalty=-2.5), 400, "frequency_penalty"),
@@ -135,6 +142,9 @@ BAD_BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "prompt_logprobs streamed": (CHAT, chat(prompt_logprobs=1, stream=True), 400, "prompt_logprobs"),
     "min_tokens negative": (CHAT, chat(min_tokens=-1), 400, "min_tokens"),
     "min_tokens above max_tokens": (CHAT, chat(min_tokens=5), 400, "min_tokens"),
+    "stop long": (CHAT, chat(stop="x" * 1025), 400, "stop"),
+    "bad_words long": (CHAT, chat(bad_words=["x" * 1025]), 400, "bad_words.0"),
+    "too many bad_words": (CHAT, chat(bad_words=["x"] * 65), 400, "bad_words"),
     "stop empty text": (CHAT, chat(stop=""), 400, "stop"),
     "stop list of empty text": (CHAT, chat(stop=["a", ""]), 400, "stop.1"),
     "too many stops": (CHAT, chat(stop=["a"] * 100), 400, "stop"),
@@ -145,7 +155,7 @@ BAD_BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     "bad_words blank": (CHAT, chat(bad_words=[" "]), 400, "bad_words"),
     "truncate_prompt_tokens zero": (CHAT, chat(truncate_prompt_tokens=0), 400, "truncate_prompt_tokens"),
     "truncate_prompt_tokens below minus one": (CHAT, chat(truncate_prompt_tokens=-2), 400, "truncate_prompt_tokens"),
-    "priority huge": (CHAT, chat(priority=2**40), 400, "priority"),
+    "priority huge": (CHAT, chat(priority=1_000_001), 400, "priority"),
     "cache_salt empty": (CHAT, chat(cache_salt=""), 400, "cache_salt"),
     "user too long": (CHAT, chat(user="x" * 1000), 400, "user"),
     "stream_options without stream": (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options"),
@@ -275,6 +285,13 @@ async def test_unknown_model_has_openai_code(client: httpx.AsyncClient) -> None:
 async def test_too_long_has_openai_code(client: httpx.AsyncClient) -> None:
     response = await client.post(COMPLETIONS, json=completion("x" * INFO.max_model_len))
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stop", [["a"] * 65, ["a"] * 64 + [""]])
+async def test_too_many_stops_are_told_the_limit(client: httpx.AsyncClient, stop: list[str]) -> None:
+    response = await client.post(CHAT, json=chat(stop=stop))
+    check_error(response, 400, "stop")
+    assert str(MAX_STOP_STRINGS) in response.json()["error"]["message"]
 
 
 async def test_chat_without_a_template(engine: FakeEngine) -> None:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_N = 128
+"""Most sequences a prompt may ask for by default."""
+
+MAX_PROMPTS = 1024
+"""Most prompts a request may bring by default."""
+
+MAX_SEQUENCES = 2048
+"""Most sequences a request may ask for by default, over all its prompts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppConfig:
@@ -24,7 +33,7 @@ class AppConfig:
     version: str = "0"
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
-    max_n: int = 128
-    max_prompts: int = 1024
-    max_sequences: int = 2048
+    max_n: int = MAX_N
+    max_prompts: int = MAX_PROMPTS
+    max_sequences: int = MAX_SEQUENCES
     request_timeout_s: float | None = None

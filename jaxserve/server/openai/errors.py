@@ -63,7 +63,8 @@ def invalid_request(error: ValidationError) -> InvalidRequestError:
         return InvalidRequestError(f"The body cannot be read as JSON. {problems[0]['msg']}.", param="body")
     first_field = problems[0]["loc"][:1]
     same_field = [problem for problem in problems if problem["loc"][:1] == first_field]
-    problem = max(same_field, key=lambda candidate: len(_path(candidate["loc"])))
+    # Of a union's branches the one that got furthest tells most; one of the wrong type altogether tells least.
+    problem = max(same_field, key=lambda each: (len(_path(each["loc"])), not each["type"].endswith("_type")))
     param = ".".join(_path(problem["loc"])) or "body"
     if problem["type"] == "extra_forbidden":
         return InvalidRequestError(f"{param} is not a known field; remove it.", param=param)

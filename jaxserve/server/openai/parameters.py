@@ -14,6 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.core.errors import InvalidRequestError
+from jaxserve.core.types import MAX_LOGPROBS
+from jaxserve.engine.policy import MAX_PRIORITY
+from jaxserve.sampling.validate import (
+    MAX_BAD_WORD_LEN,
+    MAX_BAD_WORDS,
+    MAX_BIAS_IDS,
+    MAX_BIAS_VALUE,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_IDS,
+    MIN_REPETITION_PENALTY,
+)
+from jaxserve.server.openai.config import MAX_N, MAX_PROMPTS, MAX_SEQUENCES
+from jaxserve.server.openai.schema import (
+    MAX_MESSAGES,
+    MAX_NAME_CHARS,
+    MAX_SALT_CHARS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TEMPERATURE,
+)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -52,9 +73,11 @@ def _refused(name: str, endpoints: tuple[str, ...], note: str, *no_op: object) -
 
 _INPUT = (
     _applied("model", ENDPOINTS, "One of the served names; another is a 404. Required where tokens are generated"),
-    _applied("messages", (CHAT, TOKENIZE), "Rendered by the model's chat template; text content only"),
+    _applied("messages", (CHAT, TOKENIZE), "Rendered by the model's chat template; text content only; up to "
+             f"{MAX_MESSAGES:,}"),
     _applied(
-        "prompt", (COMPLETIONS, TOKENIZE), "Text, texts, token ids or lists of token ids; /tokenize takes one text"
+        "prompt", (COMPLETIONS, TOKENIZE), "Text, texts, token ids or lists of token ids, up to "
+        f"{MAX_PROMPTS:,} prompts; /tokenize takes one text"
     ),
     _applied("tokens", (DETOKENIZE,), "Token ids to turn into text, control tokens included"),
     _applied("add_special_tokens", (*GENERATION, TOKENIZE), "Add what the tokenizer puts around a prompt; default "
@@ -70,51 +93,61 @@ _INPUT = (
 )  # fmt: skip
 
 _SAMPLING = (
-    _applied("temperature", GENERATION, "0 is greedy; 0 to 2, default 1"),
+    _applied("temperature", GENERATION, f"0 is greedy; 0 to {MAX_TEMPERATURE:g}, default 1"),
     _applied("top_p", GENERATION, "In (0, 1], default 1"),
     _applied("top_k", GENERATION, "0 or -1 keeps all tokens, the default"),
     _applied("min_p", GENERATION, "In [0, 1], default 0"),
-    _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens"),
-    _applied("presence_penalty", GENERATION, "In [-2, 2], default 0"),
-    _applied("frequency_penalty", GENERATION, "In [-2, 2], default 0"),
-    _applied("repetition_penalty", GENERATION, "In (0, 100], default 1"),
-    _applied("logit_bias", GENERATION, "Token id (as a string) to a value in [-100, 100]"),
+    _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens with `--dtype float32`; in "
+             "bfloat16 on CPUs a near-tie may fall the other way when matmuls have other shapes, as they do beside "
+             "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md))"),
+    _applied("presence_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
+    _applied("frequency_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
+    _applied("repetition_penalty", GENERATION, f"In [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}], default "
+             "1"),
+    _applied("logit_bias", GENERATION, f"Token id (as a string) to a value in [-{MAX_BIAS_VALUE:g}, "
+             f"{MAX_BIAS_VALUE:g}]; up to {MAX_BIAS_IDS} entries"),
     _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled"),
-    _applied("bad_words", GENERATION, "Texts that are not generated, with and without a leading space"),
-)
+    _applied("bad_words", GENERATION, "Texts that are not generated, with and without a leading space: up to "
+             f"{MAX_BAD_WORDS} such forms of {MAX_BAD_WORD_LEN} tokens"),
+)  # fmt: skip
 
 _LENGTH = (
     _applied("max_tokens", GENERATION, "Chat: until the context is full by default. Completions: 16 by default; 0 with "
              "echo only scores the prompt"),
     _applied("max_completion_tokens", (CHAT,), "The new name of max_tokens; both may stand only if equal"),
     _applied("min_tokens", GENERATION, "No end of sequence, stop token or stop string before this many tokens"),
-    _applied("stop", GENERATION, "A text or a list of up to 64; found across token borders"),
-    _applied("stop_token_ids", GENERATION, "Tokens that end a sequence"),
+    _applied("stop", GENERATION, f"A text or a list of up to {MAX_STOP_STRINGS}, each of up to "
+             f"{MAX_STOP_CHARS:,} characters; found across token borders"),
+    _applied("stop_token_ids", GENERATION, f"Tokens that end a sequence; up to {MAX_STOP_IDS}, the model's own "
+             "end-of-sequence tokens among them"),
     _applied("ignore_eos", GENERATION, "Go on past the model's end-of-sequence tokens"),
     _applied("include_stop_str_in_output", GENERATION, "Keep the stop string in the text"),
     _applied("skip_special_tokens", GENERATION, "Leave control tokens out of the text; default true"),
 )  # fmt: skip
 
 _OUTPUT = (
-    _applied("n", GENERATION, "Sequences a prompt; bounded by the server"),
-    _applied("best_of", (COMPLETIONS,), "Generate this many and answer with the n of highest mean log-probability; not "
-             "with stream"),
+    _applied("n", GENERATION, f"Sequences a prompt, up to {MAX_N}; those of all prompts together, up to "
+             f"{MAX_SEQUENCES:,} and to what the server runs and lets wait at once (`max_num_seqs` and `max_waiting`)"),
+    _applied("best_of", (COMPLETIONS,), f"Generate this many, up to {MAX_N}, and answer with the n of highest mean "
+             "log-probability; not with stream"),
     _applied("stream", GENERATION, "Answer as server-sent events"),
     _applied("stream_options", GENERATION, "include_usage, continuous_usage_stats; include_obfuscation only false"),
     _applied("echo", GENERATION, "Completions: the prompt precedes the text, and its log-probabilities theirs. Chat: "
              "the last message precedes the content if it is the assistant's"),
-    _applied("logprobs", GENERATION, "Chat: true or false. Completions: how many alternatives a token, 0 to 20"),
-    _applied("top_logprobs", (CHAT,), "Alternatives a token, 0 to 20; needs logprobs"),
+    _applied("logprobs", GENERATION, "Chat: true or false. Completions: how many alternatives a token, 0 "
+             f"to {MAX_LOGPROBS}"),
+    _applied("top_logprobs", (CHAT,), f"Alternatives a token, 0 to {MAX_LOGPROBS}; needs logprobs"),
     _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream"),
     _applied("return_token_ids", GENERATION, "Puts token_ids and prompt_token_ids into each choice"),
 )  # fmt: skip
 
 _SERVICE = (
-    _applied("priority", GENERATION, "Lower runs first; default 0"),
-    _applied("cache_salt", GENERATION, "Prefix-cache pages are shared only between requests of the same salt"),
-    _applied("user", GENERATION, "Written to the request's log line and span"),
-    _applied("safety_identifier", (CHAT,), "Written to the request's log line and span in place of user"),
-)
+    _applied("priority", GENERATION, f"Lower runs first; -{MAX_PRIORITY:,} to {MAX_PRIORITY:,}, default 0"),
+    _applied("cache_salt", GENERATION, "Prefix-cache pages are shared only between requests of the same salt; up to "
+             f"{MAX_SALT_CHARS:,} characters"),
+    _applied("user", GENERATION, f"Written to the request's log line and span; up to {MAX_NAME_CHARS} characters"),
+    _applied("safety_identifier", (CHAT,), "Written to the request's log line and span in place of user, and as long"),
+)  # fmt: skip
 
 _NOT_BUILT = (
     _refused("tools", (CHAT, TOKENIZE), "Tool calls are not parsed out of the output", []),

@@ -13,9 +13,32 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from jaxserve.core.types import MAX_LOGPROBS
+from jaxserve.engine.policy import MAX_PRIORITY
+from jaxserve.sampling.validate import (
+    MAX_BAD_WORDS,
+    MAX_BIAS_VALUE,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MIN_REPETITION_PENALTY,
+)
+
+MAX_TEMPERATURE = 2.0
+"""OpenAI's bound."""
 
 MAX_STOP_STRINGS = 64
 """Most stop strings of a request; each costs a comparison a token."""
+
+MAX_STOP_CHARS = 1024
+"""Longest stop string and bad word; each is prepared once a sequence, character by character."""
+
+MAX_MESSAGES = 16_384
+"""Most messages of a conversation, and most parts or tool calls of a message; each takes time even if it is empty."""
+
+MAX_NAME_CHARS = 512
+"""Longest name of an end user."""
+
+MAX_SALT_CHARS = 1024
+"""Longest cache salt."""
 
 Prompt = str | tuple[int, ...]
 """One prompt, as text or as token ids."""
@@ -41,8 +64,8 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
 
 Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -71,7 +94,7 @@ class GenerationBody(Body):
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
@@ -80,24 +103,24 @@ class GenerationBody(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS_VALUE, le=MAX_BIAS_VALUE)]] | None = None
+    user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    bad_words: list[StopString] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: NumLogprobs | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     return_token_ids: bool | None = None
 
 
@@ -131,9 +154,9 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
@@ -143,7 +166,7 @@ class Message(Strict):
     type: Literal["text"] | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody):
@@ -153,7 +176,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

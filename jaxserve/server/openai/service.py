@@ -37,8 +37,9 @@ from jaxserve.telemetry.tracing import RequestSpan
 
 T = TypeVar("T")
 
-LARGE_BODY_BYTES = 32 * 1024
-"""Bodies above this are parsed and tokenised in a thread, so that they do not hold up other requests' tokens."""
+LARGE_BODY_BYTES = 8 * 1024
+"""Bodies above this are parsed and tokenised in a thread, so that they do not hold up other requests' tokens: this much
+text takes some two milliseconds."""
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from jaxserve.core.errors import InvalidRequestError, NotFoundError
+from jaxserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineInfo
 from jaxserve.server.openai.config import AppConfig
@@ -114,7 +114,9 @@ class Translator:
         )
         last = body.messages[-1]
         echo = content_text(last) if body.echo and last.role == "assistant" else ""
-        prompt = self._truncated(body, self.chat_prompt(body), sampling, info)
+        self._check_limits(body, 1, body.n or 1)
+        room = _room(body, info)
+        prompt = self._truncated(body, self.chat_prompt(body, room=room), sampling, info)
         return self._generation(
             body, response_id, sampling, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
         )
@@ -139,7 +141,9 @@ class Translator:
             logprobs=0 if ranks and body.logprobs is None else body.logprobs,
             prompt_logprobs=max(prompt_logprobs, default=None),
         )
-        prompts = [self._truncated(body, self._completion_ids(body, p), sampling, info) for p in body.prompt]
+        self._check_limits(body, len(body.prompt), num_sequences)
+        room = _room(body, info)
+        prompts = [self._truncated(body, self._completion_ids(body, p, room), sampling, info) for p in body.prompt]
         echoes = tuple(self._echo(body, given, ids) for given, ids in zip(body.prompt, prompts, strict=True))
         generation = self._generation(
             body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
@@ -151,11 +155,16 @@ class Translator:
             drop_output=max_tokens == 0,
         )
 
-    def chat_prompt(self, body: ChatBody | TokenizeBody) -> list[int]:
+    def chat_prompt(self, body: ChatBody | TokenizeBody, *, room: int | None = None) -> list[int]:
         """Token ids of a conversation.
+
+        Args:
+            body: Has the messages.
+            room: Most tokens there may be; None sets no bound.
 
         Raises:
             InvalidRequestError: The model has no chat template, or it refuses the messages.
+            ContextLengthError: They are more tokens than there may be.
         """
         if self._chat_template is None:
             raise InvalidRequestError("The model has no chat template; use /v1/completions.", param="messages")
@@ -166,17 +175,22 @@ class Translator:
             add_generation_prompt=_or(body.add_generation_prompt, True),
             continue_final_message=bool(body.continue_final_message),
         )
-        return self._encode(text, param="messages", add_special_tokens=bool(body.add_special_tokens))
+        return self._encode(text, "messages", room, add_special_tokens=bool(body.add_special_tokens))
 
-    def _encode(self, text: str, *, param: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, param: str, room: int | None, *, add_special_tokens: bool) -> list[int]:
+        if room is not None and len(text) > room:
+            # To refuse what is far too long at its length costs nothing; tokenising it takes seconds.
+            _check_room(self.tokenizer.fewest_tokens(text), param, room, counted=False)
         token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; give at least one token.", param=param)
+        _check_room(len(token_ids), param, room)
         return token_ids
 
-    def _completion_ids(self, body: CompletionBody, prompt: Prompt) -> list[int]:
+    def _completion_ids(self, body: CompletionBody, prompt: Prompt, room: int | None) -> list[int]:
         if isinstance(prompt, str):
-            return self._encode(prompt, param="prompt", add_special_tokens=_or(body.add_special_tokens, True))
+            return self._encode(prompt, "prompt", room, add_special_tokens=_or(body.add_special_tokens, True))
+        _check_room(len(prompt), "prompt", room)
         return list(prompt)
 
     def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int]) -> str:
@@ -254,7 +268,6 @@ class Translator:
         echoes: tuple[str, ...],
         num_sequences: int,
     ) -> Generation:
-        self._check_limits(body, len(prompts), num_sequences)
         options = _stream_options(body)
         if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
             raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
@@ -308,6 +321,20 @@ def _stream_options(body: GenerationBody) -> StreamOptions:
     return body.stream_options or StreamOptions()
 
 
+def _room(body: GenerationBody, info: EngineInfo) -> int | None:
+    """Most tokens a prompt may have as it comes; None if it is cut to size."""
+    return info.max_model_len - 1 if body.truncate_prompt_tokens is None else None
+
+
+def _check_room(num_tokens: int, param: str, room: int | None, *, counted: bool = True) -> None:
+    if room is not None and num_tokens > room:
+        raise ContextLengthError(
+            f"{param}: {num_tokens if counted else f'at least {num_tokens}'} tokens leave no room for output in the "
+            f"context of {room + 1} tokens; shorten it, or set truncate_prompt_tokens.",
+            param=param,
+        )
+
+
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -330,4 +357,4 @@ def _token_ids(token_ids: Sequence[int] | None, param: str, info: EngineInfo) ->
         return None
     if any(token_id >= info.vocab_size for token_id in token_ids):
         raise InvalidRequestError(f"{param} must be token ids in [0, {info.vocab_size}).", param=param)
-    return tuple(token_ids)
+    return tuple(dict.fromkeys(token_ids))

@@ -168,17 +168,21 @@ def _fit(arguments: argparse.Namespace, workload: Workload) -> int:
 
 
 def _why_none(arguments: argparse.Namespace, workload: Workload) -> str:
-    """Whether it is the load or the model that is too large, and what may help."""
+    """Whether it is the load or the model that is too large, and what helps: each advice has been tried."""
     from jaxserve.launch.fit import fit
 
-    least = replace(workload, input_len=1, output_len=1, concurrency=1)
-    if fit(arguments.model, least, settings=settings_of(arguments), offline=arguments.offline):
-        return (
-            f"with {workload.concurrency} requests of {workload.longest} tokens at once; ask for fewer or shorter ones"
-        )
-    flags = [
-        *(["--quantization int8"] if arguments.quantization is None else []),
-        *(["another --mesh"] if arguments.mesh is not None else []),
-        *(["another --num-pages"] if arguments.num_pages is not None else []),
-    ]
-    return f"so, whatever the load; try {' or '.join(flags)}" if flags else "so, whatever the load"
+    settings = settings_of(arguments)
+
+    def fits(workload: Workload, settings: Mapping[str, str]) -> bool:
+        return bool(fit(arguments.model, workload, settings=settings, offline=arguments.offline))
+
+    others = {"--quantization int8": {**settings, "quantization": "int8"}}
+    for name, flag in (("mesh", "another --mesh"), ("num_pages", "another --num-pages")):
+        if name in settings:
+            others[flag] = {each: value for each, value in settings.items() if each != name}
+    helpful = [flag for flag, other in others.items() if other != settings and fits(workload, other)]
+    requests = "1 request" if workload.concurrency == 1 else f"{workload.concurrency} requests"
+    if fits(replace(workload, input_len=1, output_len=1, concurrency=1), settings):
+        advice = " or ".join(["fewer or shorter ones", *helpful])
+        return f"with {requests} of {workload.longest} tokens at once; try {advice}"
+    return f"so, whatever the load; try {' or '.join(helpful)}" if helpful else "so, whatever the load"

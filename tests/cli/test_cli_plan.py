@@ -35,7 +35,11 @@ def test_a_price_of_another_chip_is_not_dropped(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--concurrency", "4096", "--input-len", "100000"), "with 4096 requests of 100256 tokens at once; ask for"),
+        (("--concurrency", "4096", "--input-len", "100000"), "with 4096 requests of 100256 tokens at once; try fewer or shorter ones."),
+        (
+            ("--mesh", "tensor=8", "--attention", "tpu", "--concurrency", "240", "--input-len", "7936"),
+            "try fewer or shorter ones or --quantization int8 or another --mesh.",
+        ),
         (("--mesh", "tensor=1"), "so, whatever the load; try --quantization int8 or another --mesh."),
         (("--num-pages", "10000000", "--quantization", "int8"), "so, whatever the load; try another --num-pages."),
     ],
@@ -62,7 +66,7 @@ def test_words_for_numbers(flags: tuple[str, ...], message: str, capsys: pytest.
 def test_a_wrong_setting_does_not_send_to_another_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", LLAMA, *TOPOLOGY, "--page-size", "0"]) == 2
     error = capsys.readouterr().err
-    assert "--page-size: '0' is not in [1, 1024]. --help describes them." in error
+    assert "--page-size: '0' is not a whole number in [1, 1024]. --help describes them." in error
 
 
 def test_help_names_models_without_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def test_a_price_of_another_chip_is_not_dropped(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--concurrency", "4096", "--input-len", "100000"), "with 4096 requests of 100256 tokens at once; try fewer or shorter ones."),
+        (("--concurrency", "4096", "--input-len", "100000"), "with 4096 requests of 100256 tokens at once; try fewer"),
         (
             ("--mesh", "tensor=8", "--attention", "tpu", "--concurrency", "240", "--input-len", "7936"),
             "try fewer or shorter ones or --quantization int8 or another --mesh.",

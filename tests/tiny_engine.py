@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from jaxserve.checkpoint.random import random_params
-from jaxserve.core.config import MeshShape, ResolvedConfig, ServeConfig
+from jaxserve.core.config import MeshShape, ServeConfig
+from jaxserve.core.resolution import ResolvedConfig
 from jaxserve.core.types import Request, TokenEvent
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.compile import CompileCounter, Executables, compile_programs

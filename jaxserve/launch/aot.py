@@ -22,7 +22,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import ResolvedConfig, ServeConfig, load
+from jaxserve.core.config import ServeConfig, load
+from jaxserve.core.resolution import ResolvedConfig
 from jaxserve.engine.programs import Key, Program, Replica, programs
 from jaxserve.launch.build import Progress, plan_replica, require_attention
 from jaxserve.launch.bundle import serialized

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
-from jaxserve.core.config import Facts, ResolvedConfig, ServeConfig, auto_dtype
+from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.resolution import Facts, ResolvedConfig, auto_dtype, resolve
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import (
@@ -155,7 +156,8 @@ def plan_replica(
     page = PoolLayout(
         num_layers=spec.num_layers, num_pages=1, page_size=1, num_kv_heads=heads[0], head_dim=heads[1], dtype=pool_dtype
     )
-    resolved = config.resolve(
+    resolved = resolve(
+        config,
         Facts(
             platform=device.platform,
             max_position=spec.max_position,
@@ -163,7 +165,7 @@ def plan_replica(
             device_memory_bytes=device_memory_bytes or _device_memory_bytes(device),
             weight_bytes=weight_bytes(blueprint.params(), mesh),
             kv_bytes_per_token=page.device_bytes(mesh),
-        )
+        ),
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
     _require_numbers(layout)

@@ -15,8 +15,9 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import ResolvedConfig, load
+from jaxserve.core.config import load
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.resolution import ResolvedConfig
 from jaxserve.engine.compile import compile_programs, compiles_at_once
 from jaxserve.engine.programs import programs
 from jaxserve.launch.aot import abstract_replica, config_for

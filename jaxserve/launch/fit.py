@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 
 from jaxserve.checkpoint.sources import spec_of
-from jaxserve.core.config import (
+from jaxserve.core.config import MAX_NUM_SEQS, MeshShape, ServeConfig, load
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.resolution import (
     ACCELERATOR_SEQS,
     ACCELERATOR_TOKENS,
-    MAX_NUM_SEQS,
     MEMORY_FRACTION,
     Facts,
-    MeshShape,
     ResolvedConfig,
-    ServeConfig,
     auto_dtype,
-    load,
+    resolve,
 )
-from jaxserve.core.errors import ConfigError
 from jaxserve.kv.pool import tiled
 from jaxserve.launch.estimate import Estimator, ServiceEstimate, Workload
 from jaxserve.models.costs import CostModel
@@ -211,7 +209,8 @@ def limits_of(spec: ModelSpec, config: ServeConfig, platform: str) -> ResolvedCo
     Raises:
         ConfigError: The settings contradict each other or the model.
     """
-    return config.resolve(
+    return resolve(
+        config,
         Facts(
             platform=platform,
             max_position=spec.max_position,
@@ -219,7 +218,7 @@ def limits_of(spec: ModelSpec, config: ServeConfig, platform: str) -> ResolvedCo
             device_memory_bytes=_BOUNDLESS,
             weight_bytes=0,
             kv_bytes_per_token=1,
-        )
+        ),
     )
 
 

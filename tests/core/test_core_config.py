@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from jaxserve.core.config import Facts, MeshShape, ServeConfig, add_arguments, load
+from jaxserve.core.config import MeshShape, ServeConfig, add_arguments, load
 from jaxserve.core.environment import cache_dir, cluster_environment
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.resolution import Facts, resolve
 
 MIB = 1 << 20
 CPU = Facts(
@@ -168,7 +169,7 @@ class TestLoad:
 
 class TestResolve:
     def test_cpu(self) -> None:
-        resolved = ServeConfig().resolve(CPU)
+        resolved = resolve(ServeConfig(), CPU)
         assert (resolved.dtype, resolved.kv_cache_dtype, resolved.page_size) == ("bfloat16", "bfloat16", 16)
         assert resolved.num_pages * 16 * 46080 <= 512 * MIB
         assert resolved.num_pages * 16 <= 16384
@@ -177,14 +178,14 @@ class TestResolve:
         assert resolved.token_buckets[-1] == resolved.max_num_batched_tokens == 512
 
     def test_accelerator(self) -> None:
-        resolved = ServeConfig().resolve(TPU)
+        resolved = resolve(ServeConfig(), TPU)
         assert (resolved.dtype, resolved.page_size, resolved.max_num_seqs) == ("bfloat16", 64, 256)
         used = resolved.num_pages * 64 * TPU.kv_bytes_per_token + TPU.weight_bytes
         assert 0.89 * (16 << 30) < used <= 0.9 * (16 << 30)
 
     @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float16")])
     def test_float16_checkpoints(self, platform: str, dtype: str) -> None:
-        assert ServeConfig().resolve(replace(TPU, platform=platform, checkpoint_dtype="float16")).dtype == dtype
+        assert resolve(ServeConfig(), replace(TPU, platform=platform, checkpoint_dtype="float16")).dtype == dtype
 
     def test_what_is_said_is_kept(self) -> None:
         asked = ServeConfig(
@@ -197,7 +198,7 @@ class TestResolve:
             max_num_batched_tokens=100,
             long_prefill_token_threshold=33,
         )
-        resolved = asked.resolve(CPU)
+        resolved = resolve(asked, CPU)
         assert (resolved.dtype, resolved.kv_cache_dtype) == ("bfloat16", "float16")
         assert (resolved.page_size, resolved.num_pages, resolved.max_model_len) == (8, 100, 500)
         assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == (5, 100)
@@ -207,7 +208,7 @@ class TestResolve:
     @pytest.mark.parametrize("facts", [CPU, TPU])
     @pytest.mark.parametrize("asked", [ServeConfig(), ServeConfig(max_num_seqs=1), ServeConfig(max_num_seqs=7)])
     def test_buckets_ascend_and_end_at_the_limit(self, facts: Facts, asked: ServeConfig) -> None:
-        resolved = asked.resolve(facts)
+        resolved = resolve(asked, facts)
         for sizes, limit in (
             (resolved.seq_buckets, resolved.max_num_seqs),
             (resolved.token_buckets, resolved.max_num_batched_tokens),
@@ -216,7 +217,7 @@ class TestResolve:
             assert sizes[-1] == limit
 
     def test_a_small_pool_bounds_the_context(self) -> None:
-        assert ServeConfig(num_pages=10, page_size=16).resolve(CPU).max_model_len == 160
+        assert resolve(ServeConfig(num_pages=10, page_size=16), CPU).max_model_len == 160
 
     @pytest.mark.parametrize(
         ("asked", "param"),
@@ -228,39 +229,39 @@ class TestResolve:
     )
     def test_contradictions(self, asked: ServeConfig, param: str) -> None:
         with pytest.raises(ConfigError) as caught:
-            asked.resolve(CPU)
+            resolve(asked, CPU)
         assert caught.value.param == param
 
     def test_weights_that_leave_no_room(self) -> None:
         with pytest.raises(ConfigError, match="no room"):
-            ServeConfig().resolve(replace(TPU, weight_bytes=16 << 30))
+            resolve(ServeConfig(), replace(TPU, weight_bytes=16 << 30))
 
     def test_accelerators_have_few_shapes_and_large_pages(self) -> None:
         """Padding up to 256 rows is free there; kernels read a page table's rows as they need them."""
-        resolved = ServeConfig().resolve(TPU)
+        resolved = resolve(ServeConfig(), TPU)
         assert resolved.seq_buckets == (64, 256)
         assert resolved.token_buckets == (16, 64, 256, 512, 1024)
-        few = ServeConfig(max_num_seqs=8).resolve(TPU)
+        few = resolve(ServeConfig(max_num_seqs=8), TPU)
         assert few.seq_buckets == (8,)
         assert few.token_buckets == (8, 256, 512, 1024)
         assert (resolved.dtype, resolved.page_size) == ("bfloat16", 64)
         far = replace(TPU, max_position=40960, weight_bytes=1 << 30, kv_bytes_per_token=16384)
-        assert [ServeConfig(max_num_seqs=n).resolve(far).page_size for n in (128, 512)] == [64, 64]
-        assert ServeConfig().resolve(replace(far, platform="gpu")).page_size == 64
-        assert ServeConfig(page_size=16).resolve(far).page_size == 16
+        assert [resolve(ServeConfig(max_num_seqs=n), far).page_size for n in (128, 512)] == [64, 64]
+        assert resolve(ServeConfig(), replace(far, platform="gpu")).page_size == 64
+        assert resolve(ServeConfig(page_size=16), far).page_size == 16
 
     def test_a_pool_that_a_device_cannot_hold(self) -> None:
         """8 of 16 GiB are left; a page of 64 tokens takes 8 MiB."""
-        assert ServeConfig(num_pages=1024, max_model_len=64).resolve(TPU).num_pages == 1024
+        assert resolve(ServeConfig(num_pages=1024, max_model_len=64), TPU).num_pages == 1024
         with pytest.raises(ConfigError, match=r"room for 1024 pages of 64 tokens .* not for num_pages=1025"):
-            ServeConfig(num_pages=1025).resolve(TPU)
+            resolve(ServeConfig(num_pages=1025), TPU)
 
     def test_a_share_of_nobody_s_memory(self) -> None:
         with pytest.raises(ConfigError, match=r"memory_fraction is a share of a device's memory.* not all ours"):
-            ServeConfig(memory_fraction=0.5).resolve(CPU)
+            resolve(ServeConfig(memory_fraction=0.5), CPU)
 
     def test_memory_fraction(self) -> None:
-        half, all_of_it = (ServeConfig(memory_fraction=share).resolve(TPU).num_pages for share in (0.6, 1.0))
+        half, all_of_it = (resolve(ServeConfig(memory_fraction=share), TPU).num_pages for share in (0.6, 1.0))
         assert half < all_of_it
 
 

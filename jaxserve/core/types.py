@@ -90,6 +90,7 @@ class Request:
         n: How many sequences to generate from the prompt; they share the prompt's pages.
         priority: Lower runs first; ties run in order of arrival.
         cache_salt: Requests share prefix-cache pages only with requests of the same salt.
+        client: Whose share of the service the request counts against; requests without one are a client of their own.
     """
 
     request_id: str
@@ -98,6 +99,7 @@ class Request:
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
+    client: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

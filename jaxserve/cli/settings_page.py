@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from jaxserve.core.config import ServeConfig, default_text
+from jaxserve.core.setting import boolean
 
 _HEAD = """\
 # Settings of `jaxserve serve`
@@ -17,10 +18,12 @@ _HEAD = """\
 Generated from `jaxserve/core/config.py` by `python -m jaxserve.cli.settings_page docs/serving.md`.
 
 A setting `max_num_seqs` is the flag `--max-num-seqs`, the key `max_num_seqs` of the YAML file given with `--config`,
-and the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. Unknown keys
-and variables are errors. `JAXSERVE_CACHE` moves the cache directory of every command (default:
-`$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, every command tells JAX to take 95 % of the
-memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise.
+and the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. A setting
+that is true or false is the flags `--offline` and `--no-offline`, and `true` or `false` elsewhere. Unknown keys and
+variables are errors; the variables that Kubernetes sets in every pod for a Service called `jaxserve` or `jaxserve-*`
+(`JAXSERVE_SERVICE_HOST`, `JAXSERVE_PORT=tcp://...`) are passed over with a warning. `JAXSERVE_CACHE` moves the cache
+directory of every command (default: `$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, every command
+tells JAX to take 95 % of the memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise.
 
     model: smollm2-135m
     port: 8000
@@ -38,6 +41,9 @@ def settings_page() -> str:
     for setting in fields(ServeConfig):
         default = default_text(setting)
         what = setting.metadata["help"].replace("|", "\\|")
+        if setting.metadata["parse"] is boolean:
+            flag = setting.name.replace("_", "-")
+            what = f"{what} (`--{flag}`, `--no-{flag}`)"
         rows.append(f"| `{setting.name}` | {f'`{default}`' if default else 'none'} | {what} |")
     return _HEAD + "\n".join(rows) + "\n"
 

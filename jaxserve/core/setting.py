@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+BOOLEAN_WORDS = MappingProxyType(
+    {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+)
+"""The words that YAML and shells use for true and false."""
+
+
 def boolean(text: str) -> bool:
-    """True or false, in the words YAML and shells use."""
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if text.lower() not in words:
+    """True or false, in one of `BOOLEAN_WORDS`."""
+    if text.lower() not in BOOLEAN_WORDS:
         raise ValueError(f"'{text}' is not true or false")
-    return words[text.lower()]
+    return BOOLEAN_WORDS[text.lower()]
 
 
 @dataclass(frozen=True, slots=True)

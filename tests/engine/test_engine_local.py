@@ -16,6 +16,7 @@ from tiny_engine import EOS, SPEC, Compiled, compiled, generate_all, new_runner,
 
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from jaxserve.engine.api import Engine
+from jaxserve.engine.loop import LocalEngine
 
 PROMPT = tuple(range(20, 61))
 
@@ -28,6 +29,20 @@ def tiny() -> Compiled:
 class TestConformance(EngineConformance):
     async def make_engine(self, *, max_num_waiting: int = 64) -> Engine:
         return start(compiled(), max_waiting=max_num_waiting)
+
+
+async def test_all_64_bits_of_a_seed_count(tiny: Compiled) -> None:
+    """Each bit gives other noise, the sign too; the seed -1 gives other noise each time."""
+    seeds = [5, 5 - 2**63, 5 + 2**32, 5 + 2**62, -5, 4]
+
+    async def drawn(engine: LocalEngine, seed: int | None) -> tuple[int, ...]:
+        return tuple(tokens(await run(engine, make_request(temperature=1.0, seed=seed, max_tokens=16))))
+
+    async with serving(start(tiny)) as engine:
+        first, second = [[await drawn(engine, seed) for seed in seeds] for _ in range(2)]
+        assert first == second
+        assert len(set(first)) == len(seeds)
+        assert len({await drawn(engine, -1) for _ in range(3)}) == 3
 
 
 def dense_logprobs(model: Compiled, token_ids: list[int]) -> np.ndarray:

@@ -99,7 +99,8 @@ _SAMPLING = (
     _applied("min_p", GENERATION, "In [0, 1], default 0"),
     _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens with `--dtype float32`; in "
              "bfloat16 on CPUs a near-tie may fall the other way when matmuls have other shapes, as they do beside "
-             "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md))"),
+             "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md)). Any signed 64-bit integer; -1 draws a random "
+             "seed, the default"),
     _applied("presence_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("frequency_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("repetition_penalty", GENERATION, f"In [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}], default "

@@ -16,7 +16,7 @@ import yaml
 
 from jaxserve.core.environment import ENV_PREFIX, service_links, variables
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.setting import boolean, choice, declare, integer, names, number
+from jaxserve.core.setting import boolean, choice, declare, integer, names, networks, number
 
 _MIB = 1 << 20
 
@@ -109,6 +109,17 @@ class ServeConfig:
     max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
+    trusted_proxies: tuple[str, ...] = declare(
+        (),
+        networks,
+        "addresses and networks whose X-Forwarded-For and fairness header are believed where no keys are asked for, "
+        "comma-separated",
+    )
+    min_priority: int = declare(
+        -10, integer(-1_000_000, 0), "lowest (most urgent) priority of requests; a level is worth a minute of waiting"
+    )
+    max_priority: int = declare(10, integer(0, 1_000_000), "highest (least urgent) priority of requests")
+    share_prefix_cache: bool = declare(False, boolean, "share cached prefixes between API keys")
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"

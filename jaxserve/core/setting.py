@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -78,6 +79,13 @@ def checked(read: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
 def names(text: str) -> tuple[str, ...]:
     """Words between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """IP addresses and networks between commas, such as `127.0.0.1,10.0.0.0/8`."""
+    for part in names(text):
+        ip_network(part, strict=False)
+    return names(text)
 
 
 def declare(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type

@@ -5,25 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from counting_engine import counting_engine
 from engine_conformance import EngineConformance, make_request, run, terminal, tokens
 from tiny_engine import EOS, SPEC, Compiled, compiled, generate_all, new_runner, serving, start
 
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
-from jaxserve.engine.api import Engine, EngineInfo
+from jaxserve.engine.api import Engine
 from jaxserve.engine.loop import LocalEngine
-from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.programs import programs
-from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.steps import ScheduledStep, StepResult
-from jaxserve.kv.manager import KVManager
-from jaxserve.sampling.validate import SamplingLimits
 
 PROMPT = tuple(range(20, 61))
 
@@ -33,65 +28,12 @@ def tiny() -> Compiled:
     return compiled()
 
 
-@dataclass(frozen=True)
-class Counted:
-    """A dispatched step: each sequence that samples gets the number of the step for a token."""
-
-    number: int
-    step: ScheduledStep
-    bucket: str = "none"
-
-    def result(self) -> StepResult:
-        time.sleep(0.001)
-        return StepResult(token_ids=[self.number % 64 for item in self.step.items if item.samples])
-
-
-class CountingRunner:
-    """A device without memory, so that a context may be longer than anybody can wait for."""
-
-    def __init__(self) -> None:
-        self.num_steps = 0
-
-    def execute(self, step: ScheduledStep) -> Counted:
-        self.num_steps += 1
-        return Counted(self.num_steps, step)
-
-    def reset(self) -> None:
-        """There is nothing to reset."""
-
-    def close(self) -> None:
-        """There is nothing to free."""
-
-
-def endless_engine() -> LocalEngine:
-    """The real loop and scheduler, over a million pages of four tokens."""
-    num_pages, page_size, num_slots, max_len = 1 << 20, 4, 4, 1 << 21
-    config = SchedulerConfig(
-        max_num_seqs=num_slots, max_num_batched_tokens=16, max_model_len=max_len, token_buckets=(4, 8, 16)
-    )
-    info = EngineInfo(
-        model="endless",
-        max_model_len=max_len,
-        vocab_size=64,
-        page_size=page_size,
-        num_pages=num_pages,
-        eos_token_ids=(EOS,),
-        max_num_seqs=num_slots,
-    )
-    return LocalEngine(
-        Scheduler(config, KVManager(num_pages=num_pages, page_size=page_size), (EOS,)),
-        CountingRunner(),
-        info=info,
-        limits=SamplingLimits(vocab_size=64, max_model_len=max_len),
-    )
-
-
 class TestConformance(EngineConformance):
     async def make_engine(self, *, max_num_waiting: int = 64) -> Engine:
         return start(compiled(), max_waiting=max_num_waiting)
 
     async def make_endless_engine(self) -> Engine:
-        return endless_engine()
+        return counting_engine()
 
 
 async def test_all_64_bits_of_a_seed_count(tiny: Compiled) -> None:

@@ -30,11 +30,11 @@ tells JAX to take 95 % of the memory, of which `memory_fraction` is a share; `XL
     mesh: {tensor: 2}
     api_key: [first-key, second-key]
 
-An API key may be followed by attributes: `KEY [name=NAME] [trusted] [priority=LOW..HIGH]`, as in
-`--api-key "sk-1 name=team-a, sk-2 name=batch priority=0..100, sk-3 name=router trusted"`. Requests count against the
-client that sent them: the key (keys of one name are one client), or without keys the address, of IPv6 the /64. A
-trusted key speaks for others: its `x-llm-d-inference-fairness-id` header names the client, and its `cache_salt` is
-taken as it comes. Where there are several keys, cached prefixes are not shared between them: neither the time of an
+An API key may be followed by attributes: `KEY [name=NAME] [trusted] [priority=LOW..HIGH] [weight=N]`, as in
+`--api-key "sk-1 name=team-a weight=2, sk-2 name=batch priority=0..100, sk-3 name=router trusted"`. Requests count
+against the client that sent them: the key (keys of one name are one client), or without keys the address, of IPv6 the
+/64. A trusted key speaks for others: its `x-llm-d-inference-fairness-id` header names the client, and its `cache_salt`
+is taken as it comes. Where there are several keys, cached prefixes are not shared between them: neither the time of an
 answer nor `cached_tokens` tells what others have asked. `X-Forwarded-For` and the fairness header of a keyless server
 count from `trusted_proxies` only, and such a proxy must overwrite what its clients send in them.
 

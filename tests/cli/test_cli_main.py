@@ -220,7 +220,7 @@ def test_the_settings_page_is_fresh() -> None:
 def test_readme_names_every_command() -> None:
     readme = (ROOT / "README.md").read_text()
     commands = "serve chat plan compile aot pull doctor version"
-    benches = "serve engine step kernels tune"
+    benches = "serve engine step kernels tune abuse"
     for command in (*commands.split(), *(f"bench {name}" for name in benches.split())):
         assert f"`jaxserve {command}" in readme
         with pytest.raises(SystemExit) as left:

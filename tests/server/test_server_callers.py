@@ -65,10 +65,14 @@ class TestLines:
         assert caller.id == parse_line("sk-secret", POLICY)[1].id != parse_line("sk-other", POLICY)[1].id
 
     def test_attributes(self) -> None:
-        given, caller = parse_line("  schlüssel  priority=-100..0 trusted name=team-a.1 ", POLICY)
+        given, caller = parse_line("  schlüssel  priority=-100..0 weight=2.5 trusted name=team-a.1 ", POLICY)
         assert given == "schlüssel".encode()
         assert (caller.id, caller.trusted) == ("name:team-a.1", True)
-        assert (caller.min_priority, caller.max_priority) == (-100, 0)
+        assert (caller.min_priority, caller.max_priority, caller.weight) == (-100, 0, 2.5)
+
+    def test_shares_by_client(self) -> None:
+        callers = Callers(("a", "b weight=3", "c name=team weight=0.5", "d name=team weight=2"), POLICY)
+        assert callers.shares == {parse_line("b", POLICY)[1].id: 3.0, "name:team": 2.0}
 
     @pytest.mark.parametrize(
         "attributes",
@@ -77,7 +81,11 @@ class TestLines:
             "Trusted",
             "trusted=no",
             "trusted trusted",
-            "weight=2",
+            "weight=0",
+            "weight=-1",
+            "weight=nan",
+            "weight=10000",
+            "share=2",
             "name=",
             "name=a/b",
             "name=" + "a" * 65,

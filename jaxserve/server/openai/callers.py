@@ -27,6 +27,8 @@ FAIRNESS_HEADER = "x-llm-d-inference-fairness-id"
 _CALLER = "jaxserve.caller"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BOUNDS = re.compile(r"(-?\d{1,7})\.\.(-?\d{1,7})")
+_WEIGHT = re.compile(r"\d{1,4}(\.\d{1,3})?")
+_ATTRIBUTES = frozenset({"name", "trusted", "priority", "weight"})
 _IPV6_HOST_BITS = 64
 
 Address = IPv4Address | IPv6Address
@@ -41,12 +43,14 @@ class Caller:
         trusted: Whether it speaks for others.
         min_priority: Lowest (most urgent) priority that its requests may have.
         max_priority: Highest.
+        weight: Its share of the service beside others' that have 1.
         key_id: Keeps its cached prefixes apart from those of others; empty if it shares.
     """
 
     id: str
     min_priority: int
     max_priority: int
+    weight: float = 1.0
     trusted: bool = False
     key_id: str = ""
 
@@ -99,6 +103,14 @@ class Callers:
         """Whether a request must bring a key."""
         return bool(self._entries)
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each client's share of the service, for those whose key says one; of several keys of a name the largest."""
+        shares: dict[str, float] = {}
+        for _, caller in self._entries:
+            shares[caller.id] = max(caller.weight, shares.get(caller.id, 0.0))
+        return {client: share for client, share in shares.items() if share != 1.0}
+
     def admit(self, scope: Scope) -> bool:
         """Whether a request brings a known key as its bearer token; if so, `of` knows whose it is."""
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -145,7 +157,7 @@ class Callers:
 
 
 def parse_line(line: str, policy: CallerPolicy, *, number: int = 1) -> tuple[bytes, Caller]:
-    """Reads `KEY [name=NAME] [trusted] [priority=LOW..HIGH]`.
+    """Reads `KEY [name=NAME] [trusted] [priority=LOW..HIGH] [weight=N]`.
 
     Args:
         line: The key and its attributes, between blanks. Keys of one name are one client; without a name a key is a
@@ -161,19 +173,19 @@ def parse_line(line: str, policy: CallerPolicy, *, number: int = 1) -> tuple[byt
     """
     key, *attributes = line.split() or [""]
     wrong = ConfigError(
-        f"API key {number} is not of the form KEY [name=NAME] [trusted] [priority=LOW..HIGH], with LOW <= 0 <= HIGH "
-        "and a NAME of letters, digits, dots, dashes and underscores.",
+        f"API key {number} is not of the form KEY [name=NAME] [trusted] [priority=LOW..HIGH] [weight=N], with a NAME of "
+        "letters, digits, dots, dashes and underscores, LOW <= 0 <= HIGH, and 0 < N < 10000.",
         param="api_key",
     )
     given = dict(attribute.partition("=")[::2] for attribute in attributes)
-    if not key or len(given) < len(attributes) or not given.keys() <= {"name", "trusted", "priority"}:
+    if not key or len(given) < len(attributes) or not given.keys() <= _ATTRIBUTES:
         raise wrong
     bounds = _BOUNDS.fullmatch(given.get("priority", f"{policy.min_priority}..{policy.max_priority}"))
-    name = given.get("name")
+    name, weight = given.get("name"), given.get("weight", "1")
     if bounds is None or given.get("trusted") or (name is not None and not _NAME.fullmatch(name)):
         raise wrong
     low, high = int(bounds[1]), int(bounds[2])
-    if not low <= 0 <= high:
+    if not low <= 0 <= high or not _WEIGHT.fullmatch(weight) or not float(weight):
         raise wrong
     encoded = key.encode("utf-8", "surrogateescape")
     return encoded, Caller(
@@ -181,6 +193,7 @@ def parse_line(line: str, policy: CallerPolicy, *, number: int = 1) -> tuple[byt
         trusted="trusted" in given,
         min_priority=low,
         max_priority=high,
+        weight=float(weight),
     )
 
 

@@ -173,8 +173,8 @@ def parse_line(line: str, policy: CallerPolicy, *, number: int = 1) -> tuple[byt
     """
     key, *attributes = line.split() or [""]
     wrong = ConfigError(
-        f"API key {number} is not of the form KEY [name=NAME] [trusted] [priority=LOW..HIGH] [weight=N], with a NAME of "
-        "letters, digits, dots, dashes and underscores, LOW <= 0 <= HIGH, and 0 < N < 10000.",
+        f"API key {number} is not of the form KEY [name=NAME] [trusted] [priority=LOW..HIGH] [weight=N], with a NAME "
+        "of letters, digits, dots, dashes and underscores, LOW <= 0 <= HIGH, and 0 < N < 10000.",
         param="api_key",
     )
     given = dict(attribute.partition("=")[::2] for attribute in attributes)

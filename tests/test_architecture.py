@@ -28,10 +28,10 @@ ORDER = (
 
 # fmt: off
 HOST_ONLY = (
-    "core.*", "telemetry.*", "text.*", "models.spec", "kv.pages", "kv.prefix", "kv.manager", "sampling.stop",
+    "core.*", "telemetry.*", "text.*", "models.spec", "kv.pages", "kv.prefix", "kv.salt", "kv.manager", "sampling.stop",
     "sampling.validate", "engine.sequence", "engine.policy", "engine.scheduler", "engine.api", "engine.fake",
     "engine.generation", "server.*", "bench.workload", "bench.client", "bench.report", "bench.openai_url",
-    "bench.serve",
+    "bench.serve", "bench.abuse.*",
 )
 # fmt: on
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}

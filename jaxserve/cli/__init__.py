@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from jaxserve.cli import aot, chat, doctor, plan, pull, serve, version
 from jaxserve.cli import compile as compile_bundle
 from jaxserve.cli.bench import subjects as bench
+from jaxserve.cli.parsing import Parser
 from jaxserve.core.environment import leave_out_absent_tpu, take_gpu_memory
 from jaxserve.core.errors import JaxserveError
 
@@ -23,7 +24,7 @@ INTERRUPTED = 130
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; a chosen command's `run` is in the namespace."""
-    parser = argparse.ArgumentParser(prog="jaxserve", description="Serve large language models with JAX.")
+    parser = Parser(prog="jaxserve", description="Serve large language models with JAX.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (serve, chat, compile_bundle, aot, plan, pull, doctor, bench, version):
         command.add_command(commands)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
+from jaxserve.cli.parsing import add_switch
 from jaxserve.cli.signals import terminable
 from jaxserve.core.errors import ConfigError
 
@@ -37,8 +38,8 @@ def add_command(commands: Commands) -> None:
         default=[],
         help="only this slice (v6e:2x4) or this preset; given again, only what all of them name",
     )
-    parser.add_argument("--largest", action="store_true", help="each program in its largest size only")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--largest", help="each program in its largest size only")
+    add_switch(parser, "--json", help="print JSON")
     parser.set_defaults(run=run)
 
 

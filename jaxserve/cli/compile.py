@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.parsing import add_switch
 from jaxserve.cli.signals import terminable
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 
@@ -32,7 +33,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--topology", metavar="T", default="cpu", help="cpu, or a slice such as v6e:2x4 (default: cpu)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--key", metavar="FILE", type=Path, help="sign the manifest with this file's content")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--json", help="print JSON")
     add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
     parser.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, port
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, add_switch, port
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -32,7 +32,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--timeout", type=above_zero, default=60.0, metavar="S", help="longest JAX may take to find its devices"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--json", help="print JSON")
     parser.set_defaults(run=run)
 
 

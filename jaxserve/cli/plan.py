@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, add_switch, positive, positives
 from jaxserve.cli.signals import terminable
 from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
 from jaxserve.core.errors import ConfigError
@@ -61,8 +61,8 @@ def add_command(commands: Commands) -> None:
         default={},
         help="dollars a chip costs an hour: one price for all, or v6e=2.70,h100=3.00",
     )
-    parser.add_argument("--offline", action="store_true", help="fetch nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--offline", help="fetch nothing")
+    add_switch(parser, "--json", help="print JSON")
     add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
     parser.set_defaults(run=run)
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.parsing import add_switch
+
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
 
@@ -20,8 +22,8 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a preset or a Hugging Face id")
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="where to keep it (default: the cache directory)")
-    parser.add_argument("--offline", action="store_true", help="only look for it on this machine")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--offline", help="only look for it on this machine")
+    add_switch(parser, "--json", help="print JSON")
     parser.set_defaults(run=run)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.core.config import ServeConfig, add_arguments, load
+from jaxserve.core.environment import warn_of_service_links
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxserve.telemetry import logging
 
     logging.install(level=config.log_level, as_json=config.log_format == "json")
+    warn_of_service_links()
     from jaxserve.launch import serve
     from jaxserve.launch.progress import ProgressDisplay
 

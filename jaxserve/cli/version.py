@@ -8,6 +8,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.parsing import add_switch
+
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
 
@@ -20,7 +22,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "version", help="print versions", description="Print this release and what it stands on."
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_switch(parser, "--json", help="print JSON")
     parser.set_defaults(run=run)
 
 

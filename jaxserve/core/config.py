@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from jaxserve.core.environment import ENV_PREFIX, variables
+from jaxserve.core.environment import ENV_PREFIX, service_links, variables
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.setting import boolean, choice, declare, integer, names, number
+from jaxserve.core.setting import boolean, choice, declare, integer, names, networks, number
 
 _MIB = 1 << 20
 
@@ -109,6 +109,17 @@ class ServeConfig:
     max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
+    trusted_proxies: tuple[str, ...] = declare(
+        (),
+        networks,
+        "addresses and networks whose X-Forwarded-For and fairness header are believed where no keys are asked for, "
+        "comma-separated",
+    )
+    min_priority: int = declare(
+        -10, integer(-1_000_000, 0), "lowest (most urgent) priority of requests; a level is worth a minute of waiting"
+    )
+    max_priority: int = declare(10, integer(0, 1_000_000), "highest (least urgent) priority of requests")
+    share_prefix_cache: bool = declare(False, boolean, "share cached prefixes between API keys")
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"
@@ -140,13 +151,12 @@ def add_arguments(parser: argparse._ActionsContainer, only: Collection[str] | No
         if setting.name == "model" or (only is not None and setting.name not in only):
             continue
         default = default_text(setting)
-        parser.add_argument(
-            _flag(setting.name),
-            dest=setting.name,
-            metavar="VALUE",
-            default=None,
-            help=f"{setting.metadata['help']} (default: {default or 'none'})".replace("%", "%%"),
-        )
+        help_text = f"{setting.metadata['help']} (default: {default or 'none'})".replace("%", "%%")
+        flag = _flag(setting.name)
+        if setting.metadata["parse"] is boolean:
+            parser.add_argument(flag, dest=setting.name, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=help_text)
 
 
 def default_text(setting: Field[Any]) -> str:
@@ -158,12 +168,12 @@ def default_text(setting: Field[Any]) -> str:
 
 
 def load(
-    flags: Mapping[str, str | None], *, file: Path | None = None, environ: Mapping[str, str] | None = None
+    flags: Mapping[str, str | bool | None], *, file: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> ServeConfig:
     """Reads the settings: flags before environment (`JAXSERVE_PORT`) before the YAML file before defaults.
 
     Args:
-        flags: Setting name to its text, or None where the flag was not given.
+        flags: Setting name to its text, to whether a `--flag` or its `--no-flag` was given, or to None for neither.
         file: YAML mapping of setting names.
         environ: The environment; the process's own by default.
 
@@ -179,16 +189,17 @@ def load(
             texts[name] = (_as_text(value), f"{name} in {file}")
         else:
             problems.append(f"{name} in {file} is not a setting")
+    no_settings = (*_OTHER_VARIABLES, *service_links(environ))
     for variable, value in environ.items():
         name = variable.removeprefix(ENV_PREFIX).lower()
-        if variable.startswith(ENV_PREFIX) and variable not in _OTHER_VARIABLES:
+        if variable.startswith(ENV_PREFIX) and variable not in no_settings:
             if name in known:
                 texts[name] = (value, variable)
             else:
                 problems.append(f"the environment variable {variable} is not a setting")
     for name, flag in flags.items():
         if flag is not None:
-            texts[name] = (flag, "MODEL" if name == "model" else _flag(name))
+            texts[name] = (_as_text(flag), "MODEL" if name == "model" else _flag(name))
     values: dict[str, object] = {}
     for name, (text, origin) in texts.items():
         metadata = known[name].metadata

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 ENV_PREFIX = "JAXSERVE_"
+
+_LOG = logging.getLogger(__name__)
 
 
 def variables() -> Mapping[str, str]:
@@ -27,6 +31,43 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
         return Path(own)
     base = environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
+
+
+_PROTOCOL = "(TCP|UDP|SCTP)"
+_SERVICE_LINKS = tuple(
+    (re.compile(rf"{ENV_PREFIX}([A-Z0-9_]+_)?({name})"), re.compile(value))
+    for name, value in (
+        (rf"SERVICE_HOST|PORT_\d+_{_PROTOCOL}_ADDR", r"[0-9a-fA-F:.]+"),
+        (rf"SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_{_PROTOCOL}_PORT", r"\d+"),
+        (rf"PORT_\d+_{_PROTOCOL}_PROTO", r"tcp|udp|sctp"),
+        (rf"PORT(_\d+_{_PROTOCOL})?", r"(tcp|udp|sctp)://\S+:\d+"),
+    )
+)
+"""Names and values of the variables that Kubernetes puts into each pod for a Service called jaxserve or jaxserve-*."""
+
+
+def service_links(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Names of the variables with our prefix that Kubernetes has set for a Service; they are no settings.
+
+    Both name and value must have the form of such a variable: `JAXSERVE_PORT=tcp://10.0.0.1:8000` is one,
+    `JAXSERVE_PORT=8000` is the setting.
+    """
+    environ = variables() if environ is None else environ
+    return tuple(
+        variable
+        for variable, value in environ.items()
+        if any(name.fullmatch(variable) and form.fullmatch(value) for name, form in _SERVICE_LINKS)
+    )
+
+
+def warn_of_service_links() -> None:
+    """Logs which variables are passed over because Kubernetes has set them for a Service of our name."""
+    if names := service_links():
+        _LOG.warning(
+            "passed over %s: Kubernetes sets them for a Service whose name begins with jaxserve; "
+            "enableServiceLinks: false keeps them out of a pod",
+            ", ".join(names),
+        )
 
 
 CLUSTER_VARIABLES = (

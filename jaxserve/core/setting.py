@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import ip_network
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+BOOLEAN_WORDS = MappingProxyType(
+    {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+)
+"""The words that YAML and shells use for true and false."""
+
+
 def boolean(text: str) -> bool:
-    """True or false, in the words YAML and shells use."""
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    if text.lower() not in words:
+    """True or false, in one of `BOOLEAN_WORDS`."""
+    if text.lower() not in BOOLEAN_WORDS:
         raise ValueError(f"'{text}' is not true or false")
-    return words[text.lower()]
+    return BOOLEAN_WORDS[text.lower()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,13 @@ def checked(read: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
 def names(text: str) -> tuple[str, ...]:
     """Words between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """IP addresses and networks between commas, such as `127.0.0.1,10.0.0.0/8`."""
+    for part in names(text):
+        ip_network(part, strict=False)
+    return names(text)
 
 
 def declare(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type

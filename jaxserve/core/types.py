@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 MAX_LOGPROBS = 20
 """Most alternatives a logprobs request may ask for (OpenAI's bound)."""
 
+RANDOM_SEED = -1
+"""The seed that asks for a random one, as in vLLM."""
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended; the values are those of OpenAI's `finish_reason` where it has one."""
@@ -42,7 +45,8 @@ class SamplingParams:
         logit_bias: Token id to a value added to its logit, in [-100, 100].
         allowed_token_ids: If given, only these tokens can be sampled.
         bad_words: Token-id sequences that are never completed.
-        seed: Makes sampling reproducible; the i-th sequence of a request uses seed + i.
+        seed: Makes sampling reproducible; the i-th sequence of a request uses seed + i. None and
+            `RANDOM_SEED` draw a seed for the request; of any other all 64 bits count.
         stop: Strings that end a sequence, found across token borders.
         stop_token_ids: Tokens that end a sequence.
         ignore_eos: Go on past the model's end-of-sequence tokens.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from random import Random
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
-from jaxserve.core.types import Request
+from jaxserve.core.types import RANDOM_SEED, Request, SamplingParams
 from jaxserve.engine.policy import MAX_PRIORITY, SchedulerConfig
 from jaxserve.engine.sequence import Sequence, Terms
 from jaxserve.kv.manager import KVManager
 
-SEED_MASK = (1 << 63) - 1
-"""Seeds are taken modulo 2**63, negative ones too."""
+SEED_MASK = (1 << 64) - 1
+"""Seeds are taken modulo 2**64: every signed and unsigned 64-bit seed has noise of its own."""
 
 MAX_RETRY_S = 30
 """Longest wait that is asked of a client."""
@@ -83,6 +84,11 @@ def check_room(num_new: int, num_here: int, config: SchedulerConfig, *, retry_af
             retry_after_s=retry_after_s,
             capacity=config.capacity,
         )
+
+
+def seed_of(sampling: SamplingParams, random: Random) -> int:
+    """The seed that a request asks for, or one drawn for it; any integer."""
+    return random.getrandbits(63) if sampling.seed in (None, RANDOM_SEED) else sampling.seed
 
 
 def new_sequences(

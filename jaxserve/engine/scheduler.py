@@ -21,7 +21,7 @@ from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences
+from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences, seed_of
 from jaxserve.engine.policy import SchedulerConfig, admission_reserve
 from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
 from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
@@ -103,13 +103,12 @@ class Scheduler:
         check_fits(request, self._config, self._kv)
         wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
         check_room(request.n, self.num_waiting + self.num_running, self._config, retry_after_s=wait_s)
-        seed = request.sampling.seed
         sequences = new_sequences(
             request,
             self._config,
             self._kv,
             eos=self._eos,
-            seed=self._random.getrandbits(63) if seed is None else seed,
+            seed=seed_of(request.sampling, self._random),
             arrival_s=self._clock(),
             first_id=self._next_seq_id,
         )

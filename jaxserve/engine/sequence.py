@@ -70,7 +70,7 @@ class Sequence:
         request: The request it belongs to.
         index: Which of the request's n sequences.
         seq_id: Unique in the life of the scheduler.
-        seed: Non-negative 63-bit seed of its noise.
+        seed: Unsigned 64-bit seed of its noise.
         slot: Row of the device's per-sequence state while it runs, in [0, max_num_seqs); -1 otherwise.
         token_ids: Prompt and committed output.
         num_prompt: Tokens of the prompt.

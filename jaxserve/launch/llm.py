@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from jaxserve.core.config import ServeConfig, load
+from jaxserve.core.environment import warn_of_service_links
 from jaxserve.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import Engine
@@ -204,6 +205,7 @@ def _config(model: str, settings: Mapping[str, Any]) -> ServeConfig:
         raise ConfigError(f"LLM has no setting {', '.join(unknown)}; the settings are {', '.join(sorted(names))}.")
     texts = {name: value for name, value in settings.items() if isinstance(value, str)}
     config = load({"model": model, **texts})
+    warn_of_service_links()
     return replace(config, **{name: value for name, value in settings.items() if name not in texts})
 
 

@@ -11,7 +11,7 @@ from jaxserve.launch.build import Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
 from jaxserve.server.lifecycle import serve_app
 from jaxserve.server.openai.app import create_app
-from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.config import AppConfig, CallerPolicy
 from jaxserve.server.openai.slot import EngineSlot
 from jaxserve.telemetry.metrics import EngineMetrics
 from jaxserve.telemetry.tracing import exporting_tracer
@@ -44,6 +44,12 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
             served_model_names=names,
             version=release,
             api_keys=config.api_key,
+            callers=CallerPolicy(
+                trusted_proxies=config.trusted_proxies,
+                min_priority=config.min_priority,
+                max_priority=config.max_priority,
+                share_prefix_cache=config.share_prefix_cache,
+            ),
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         ),

@@ -160,6 +160,7 @@ async def serve(
         ws="none",
         lifespan="off",
         access_log=False,
+        proxy_headers=False,  # whose headers are believed is `callers`' to decide
         log_config=None,
         log_level=logging.WARNING,  # what it tells of itself, this module tells of the server
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ def test_serve_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         main(["serve", "--help"])
     text = capsys.readouterr().out
     for setting in fields(ServeConfig):
-        assert setting.name == "model" or f"--{setting.name.replace('_', '-')} " in text
+        flag = setting.name.replace("_", "-")
+        assert setting.name == "model" or f"--{flag} " in text or f"--{flag}, --no-{flag}" in text
 
 
 def test_help_comes_at_once() -> None:
@@ -88,6 +91,64 @@ def test_what_serve_hands_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert config == ServeConfig(model="from-file", host="0.0.0.0", port=2, max_num_seqs=3, mesh=MeshShape(tensor=2))
     arguments = build_parser().parse_args(["serve", "from-flag", "--config", str(file)])
     assert serve.config_of(arguments).model == "from-flag"
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "offline", "caching"),
+    [
+        (["m", "--offline"], "m", True, True),
+        (["--offline", "m"], "m", True, True),
+        (["--no-enable-prefix-caching", "m"], "m", False, False),
+        (["--enable-prefix-caching", "--no-offline", "m"], "m", False, True),
+        (["m"], "m", False, True),
+    ],
+)
+def test_a_switch_takes_no_value(given: list[str], model: str, offline: bool, caching: bool) -> None:
+    config = serve.config_of(build_parser().parse_args(["serve", *given]))
+    assert (config.model, config.offline, config.enable_prefix_caching) == (model, offline, caching)
+
+
+def test_a_switch_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSERVE_OFFLINE", "true")
+    assert serve.config_of(build_parser().parse_args(["serve"])).offline
+    assert not serve.config_of(build_parser().parse_args(["serve", "--no-offline"])).offline
+
+
+@pytest.mark.parametrize(
+    ("given", "forms"),
+    [
+        (["serve", "m", "--offline", "true"], "--offline or --no-offline"),
+        (["serve", "--enable-prefix-caching", "False", "m"], "--enable-prefix-caching or --no-enable-prefix-caching"),
+        (["serve", "--offline=true", "m"], "--offline or --no-offline"),
+        (["serve", "--no-offline", "1"], "--offline or --no-offline"),
+        (["pull", "--json", "yes", "m"], "--json or --no-json"),
+        (["plan", "--fit", "true", "m"], "--fit"),
+    ],
+)
+def test_a_value_after_a_switch_is_told_how_to_write_it(
+    given: list[str], forms: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(given)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith(f" follows it; write {forms}\n")
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from actions(command)
+
+
+def test_every_switch_can_be_turned_off() -> None:
+    switches = [a for a in actions(build_parser()) if a.nargs == 0 and not isinstance(a, argparse._HelpAction)]
+    one_way = [a.option_strings for a in switches if not isinstance(a, argparse.BooleanOptionalAction)]
+    # It is one of two ways to say what to plan for.
+    assert one_way == [["--fit"]]
+    assert {"--offline", "--json", "--ignore-eos", "--largest"} <= {a.option_strings[0] for a in switches}
+    assert all(a.default in (True, False, None) for a in switches)
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("wrong"), 2), (CheckpointError("broken"), 1)])
@@ -159,7 +220,7 @@ def test_the_settings_page_is_fresh() -> None:
 def test_readme_names_every_command() -> None:
     readme = (ROOT / "README.md").read_text()
     commands = "serve chat plan compile aot pull doctor version"
-    benches = "serve engine step kernels tune"
+    benches = "serve engine step kernels tune abuse"
     for command in (*commands.split(), *(f"bench {name}" for name in benches.split())):
         assert f"`jaxserve {command}" in readme
         with pytest.raises(SystemExit) as left:

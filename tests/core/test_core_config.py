@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxserve.core.config import MeshShape, ServeConfig, add_arguments, load
-from jaxserve.core.environment import cache_dir, cluster_environment
+from jaxserve.core.environment import cache_dir, cluster_environment, service_links, warn_of_service_links
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.resolution import Facts, resolve
 
@@ -57,6 +57,9 @@ class TestLoad:
             "memory_fraction": ("0.5", 0.5),
             "served_model_name": ("a,b", ("a", "b")),
             "api_key": ("a,b", ("a", "b")),
+            "trusted_proxies": ("10.0.0.0/8,::1", ("10.0.0.0/8", "::1")),
+            "min_priority": ("-7", -7),
+            "share_prefix_cache": ("true", True),
             "drain_deadline_s": ("1.5", 1.5),
             "cache_dir": ("/x", Path("/x")),
             "bundle": ("/b", Path("/b")),
@@ -75,8 +78,10 @@ class TestLoad:
             assert load({}, environ={f"JAXSERVE_{setting.name.upper()}": text}) == expected
             assert load({}, file=yaml(tmp_path, f"{setting.name}: {text}\n"), environ={}) == expected
             if setting.name != "model":
-                flags = vars(parser.parse_args([f"--{setting.name.replace('_', '-')}", text]))
-                assert load(flags, environ={}) == expected
+                flag = setting.name.replace("_", "-")
+                switch = f"--{flag}" if value is True else f"--no-{flag}"
+                given = [switch] if isinstance(value, bool) else [f"--{flag}", text]
+                assert load(vars(parser.parse_args(given)), environ={}) == expected
 
     def test_yaml_values_may_be_yaml(self, tmp_path: Path) -> None:
         text = "mesh: {tensor: 4, data: 1}\napi_key: [a, b]\nquantization: null\nenable_prefix_caching: no\n"
@@ -145,6 +150,9 @@ class TestLoad:
             {"memory_fraction": "nan"},
             {"drain_deadline_s": "-1"},
             {"role": "prefill"},
+            {"trusted_proxies": "10.0.0.0/99"},
+            {"min_priority": "1"},
+            {"max_priority": "-1"},
             {"quantization": "int3"},
             {"log_level": "loud"},
         ],
@@ -165,6 +173,65 @@ class TestLoad:
 
     def test_an_empty_file_says_nothing(self, tmp_path: Path) -> None:
         assert load({}, file=yaml(tmp_path, "# nothing yet\n"), environ={}) == ServeConfig()
+
+
+def links(service: str, address: str = "10.96.0.7") -> dict[str, str]:
+    """What Kubernetes puts into each pod of a namespace for one of its Services."""
+    name = service.upper().replace("-", "_")
+    host = f"[{address}]" if ":" in address else address
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": "8000",
+        f"{name}_SERVICE_PORT_HTTP_METRICS": "8000",
+        f"{name}_PORT": f"tcp://{host}:8000",
+        f"{name}_PORT_8000_TCP": f"tcp://{host}:8000",
+        f"{name}_PORT_8000_TCP_PROTO": "tcp",
+        f"{name}_PORT_8000_TCP_PORT": "8000",
+        f"{name}_PORT_8000_TCP_ADDR": address,
+        f"{name}_PORT_53_UDP": f"udp://{host}:53",
+        f"{name}_PORT_53_UDP_PROTO": "udp",
+    }
+
+
+class TestServiceLinks:
+    """A Service called `jaxserve`, or `jaxserve-` and anything, must not keep a pod from starting."""
+
+    @pytest.mark.parametrize(
+        "service", ["jaxserve", "jaxserve-grpc", "jaxserve-model-7b", "jaxserve-port", "jaxserve-seed"]
+    )
+    @pytest.mark.parametrize("address", ["10.96.0.7", "fd00:10:96::7"])
+    def test_they_are_no_settings(self, service: str, address: str) -> None:
+        environ = links(service, address)
+        assert load({}, environ=environ) == ServeConfig()
+        assert set(service_links(environ)) == set(environ)
+        assert load({}, environ={**environ, "JAXSERVE_SEED": "3"}) == ServeConfig(seed=3)
+
+    @pytest.mark.parametrize(
+        ("variable", "value"),
+        [
+            ("JAXSERVE_PORT", "abc"),
+            ("JAXSERVE_PORT", "tcp://"),
+            ("JAXSERVE_PORT", "http://10.0.0.1:80"),
+            ("JAXSERVE_FOO", "tcp://10.0.0.1:80"),
+            ("JAXSERVE_SERVICE_HOST", "not-an-address"),
+            ("JAXSERVE_GRPC_PORTS", "8000"),
+            ("JAXSERVE_SERVICE_PORTS", "8000"),
+            ("JAXSERVE_HOSTS", "10.0.0.1"),
+        ],
+    )
+    def test_what_only_looks_alike_is_an_error(self, variable: str, value: str) -> None:
+        assert service_links({variable: value}) == ()
+        with pytest.raises(ConfigError, match=variable):
+            load({}, environ={variable: value})
+
+    def test_one_warning_names_them(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        warn_of_service_links()
+        assert caplog.messages == []
+        for variable, value in links("jaxserve").items():
+            monkeypatch.setenv(variable, value)
+        warn_of_service_links()
+        [message] = caplog.messages
+        assert all(variable in message for variable in links("jaxserve"))
 
 
 class TestResolve:

@@ -72,6 +72,19 @@ class EngineConformance:
         """
         raise NotImplementedError
 
+    async def make_endless_engine(self) -> Engine:
+        """A fresh engine on which a request without `max_tokens` does not end within hours.
+
+        What gives requests up is tested with such requests: of any other nobody can say why it ended.
+        """
+        raise NotImplementedError
+
+    @pytest.fixture
+    async def endless(self) -> AsyncIterator[Engine]:
+        engine = await self.make_endless_engine()
+        yield engine
+        await asyncio.wait_for(engine.close(), 30)
+
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Engine]:
         engine = await self.make_engine()
@@ -229,19 +242,29 @@ class EngineConformance:
         await until_idle(engine)
         await engine.close()
 
-    async def test_abort_ends_every_sequence_once(self, engine: Engine) -> None:
-        stream = engine.stream(make_request(n=2, max_tokens=50))
+    async def test_abort_ends_every_sequence_once(self, endless: Engine) -> None:
+        stream = endless.stream(make_request(n=2, max_tokens=None))
         events = [await anext(stream)]
-        engine.abort("r")
+        endless.abort("r")
         events += await asyncio.wait_for(collect(stream), 30)
         assert [terminal(events, index).finish_reason for index in range(2)] == [FinishReason.ABORT] * 2
-        await until_idle(engine)
+        await until_idle(endless)
 
-    async def test_abort_before_the_first_step(self, engine: Engine) -> None:
-        stream = engine.stream(make_request())
-        engine.abort("r")
+    async def test_abort_before_the_first_step(self, endless: Engine) -> None:
+        stream = endless.stream(make_request(max_tokens=None))
+        endless.abort("r")
         assert terminal(await asyncio.wait_for(collect(stream), 30)).finish_reason is FinishReason.ABORT
-        await until_idle(engine)
+        await until_idle(endless)
+
+    async def test_abort_ends_that_request_alone(self, endless: Engine) -> None:
+        kept, given_up = (endless.stream(make_request(name, max_tokens=None)) for name in ("kept", "given up"))
+        await anext(given_up)
+        endless.abort("given up")
+        assert terminal(await asyncio.wait_for(collect(given_up), 30)).finish_reason is FinishReason.ABORT
+        for _ in range(50):
+            assert (await asyncio.wait_for(anext(kept), 30)).finish_reason is None
+        await close(kept)
+        await until_idle(endless)
 
     async def test_abort_of_unknown_or_finished_is_ignored(self, engine: Engine) -> None:
         engine.abort("nobody")
@@ -249,28 +272,54 @@ class EngineConformance:
         engine.abort("r")
         assert terminal(events).finish_reason is FinishReason.LENGTH
 
-    async def test_aclose_aborts(self, engine: Engine) -> None:
-        stream = engine.stream(make_request(max_tokens=50))
+    async def test_aclose_aborts(self, endless: Engine) -> None:
+        stream = endless.stream(make_request(n=2, max_tokens=None))
         await anext(stream)
         await close(stream)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        await until_idle(engine)
+        await until_idle(endless)
+        num_steps = endless.stats().num_steps
+        assert len(tokens(await run(endless, make_request()))) == 8
+        assert endless.stats().num_steps - num_steps <= 8 + 2, "something else was computed beside the last request"
 
-    async def test_aclose_of_an_unread_stream_aborts(self, engine: Engine) -> None:
-        stream = engine.stream(make_request(max_tokens=50))
+    async def test_aclose_of_an_unread_stream_aborts(self, endless: Engine) -> None:
+        stream = endless.stream(make_request(max_tokens=None))
         await close(stream)
-        await until_idle(engine)
-        assert len(tokens(await run(engine, make_request()))) == 8
+        await until_idle(endless)
+        assert len(tokens(await run(endless, make_request()))) == 8
 
-    async def test_cancelled_reader_leaves_nothing_once_closed(self, engine: Engine) -> None:
-        stream = engine.stream(make_request(max_tokens=50))
+    async def test_aclose_twice_and_after_the_end(self, endless: Engine) -> None:
+        ended = endless.stream(make_request("ended"))
+        await collect(ended)
+        other = endless.stream(make_request("ended", max_tokens=None))
+        await close(ended)
+        await close(ended)
+        assert (await asyncio.wait_for(anext(other), 30)).finish_reason is None
+        await close(other)
+        await close(other)
+        await until_idle(endless)
+
+    async def test_aclose_gives_slots_to_those_who_wait(self, endless: Engine) -> None:
+        """As many times the slots as there are, all at once and none of an end: each runs once others are closed."""
+        num_slots = endless.info.max_num_seqs
+        streams = [endless.stream(make_request(f"r{i}", max_tokens=None)) for i in range(3 * num_slots)]
+        unread = streams.pop()
+        await close(unread)
+        for stream in streams:
+            await asyncio.wait_for(anext(stream), 30)
+            assert endless.stats().num_running <= num_slots
+            await close(stream)
+        await until_idle(endless)
+
+    async def test_cancelled_reader_leaves_nothing_once_closed(self, endless: Engine) -> None:
+        stream = endless.stream(make_request(max_tokens=None))
         reader = asyncio.create_task(collect(stream))
         await asyncio.sleep(0)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         await close(stream)
-        await until_idle(engine)
+        await until_idle(endless)
 
     async def test_id_can_be_used_again(self, engine: Engine) -> None:
         assert tokens(await run(engine, make_request())) == tokens(await run(engine, make_request()))
@@ -288,23 +337,23 @@ class EngineConformance:
         assert await draining is True
         await engine.close()
 
-    async def test_drain_aborts_past_the_deadline(self) -> None:
-        engine = await self.make_engine()
-        stream = engine.stream(make_request(max_tokens=engine.info.max_model_len - len(PROMPT)))
-        assert await engine.drain(0.0) is False
-        assert terminal(await asyncio.wait_for(collect(stream), 30)).finish_reason is FinishReason.ABORT
-        await until_idle(engine)
-        await engine.close()
+    @pytest.mark.parametrize("deadline_s", [0.0, 0.05])
+    async def test_drain_aborts_past_the_deadline(self, endless: Engine, deadline_s: float) -> None:
+        streams = [endless.stream(make_request(f"r{i}", max_tokens=None)) for i in range(endless.info.max_num_seqs + 1)]
+        assert await asyncio.wait_for(endless.drain(deadline_s), 30) is False
+        for stream in streams:
+            assert terminal(await asyncio.wait_for(collect(stream), 30)).finish_reason is FinishReason.ABORT
+        await until_idle(endless)
 
-    async def test_close_ends_streams_and_is_idempotent(self) -> None:
-        engine = await self.make_engine()
-        stream = engine.stream(make_request(max_tokens=50))
-        await engine.close()
-        await engine.close()
-        assert terminal(await asyncio.wait_for(collect(stream), 30)).finish_reason is FinishReason.ABORT
-        assert not engine.health().ready
+    async def test_close_ends_streams_and_is_idempotent(self, endless: Engine) -> None:
+        streams = [endless.stream(make_request(f"r{i}", max_tokens=None)) for i in range(endless.info.max_num_seqs + 1)]
+        await asyncio.wait_for(endless.close(), 30)
+        await endless.close()
+        for stream in streams:
+            assert terminal(await asyncio.wait_for(collect(stream), 30)).finish_reason is FinishReason.ABORT
+        assert not endless.health().ready
         with pytest.raises(UnavailableError):
-            engine.stream(make_request("late"))
+            endless.stream(make_request("late"))
 
     async def test_stats_count_steps_and_load(self, engine: Engine) -> None:
         before = engine.stats()

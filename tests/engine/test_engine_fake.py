@@ -23,6 +23,9 @@ class TestFakeEngineConforms(EngineConformance):
     async def make_engine(self, *, max_num_waiting: int = 64) -> FakeEngine:
         return FakeEngine(INFO, behaviour=FakeBehaviour(max_num_waiting=max_num_waiting))
 
+    async def make_endless_engine(self) -> FakeEngine:
+        return FakeEngine(replace(INFO, max_model_len=1 << 40), behaviour=FakeBehaviour(step_delay_s=0.001))
+
 
 async def test_counts_upwards_modulo_the_vocabulary() -> None:
     events = await run(FakeEngine(INFO), make_request(prompt=(5, 97), max_tokens=6))

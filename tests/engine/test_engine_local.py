@@ -11,11 +11,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from counting_engine import counting_engine
 from engine_conformance import EngineConformance, make_request, run, terminal, tokens
 from tiny_engine import EOS, SPEC, Compiled, compiled, generate_all, new_runner, serving, start
 
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from jaxserve.engine.api import Engine
+from jaxserve.engine.loop import LocalEngine
+from jaxserve.engine.programs import programs
 
 PROMPT = tuple(range(20, 61))
 
@@ -28,6 +31,55 @@ def tiny() -> Compiled:
 class TestConformance(EngineConformance):
     async def make_engine(self, *, max_num_waiting: int = 64) -> Engine:
         return start(compiled(), max_waiting=max_num_waiting)
+
+    async def make_endless_engine(self) -> Engine:
+        return counting_engine()
+
+
+async def test_all_64_bits_of_a_seed_count(tiny: Compiled) -> None:
+    """Each bit gives other noise, the sign too; the seed -1 gives other noise each time."""
+    seeds = [5, 5 - 2**63, 5 + 2**32, 5 + 2**62, -5, 4]
+
+    async def drawn(engine: LocalEngine, seed: int | None) -> tuple[int, ...]:
+        return tuple(tokens(await run(engine, make_request(temperature=1.0, seed=seed, max_tokens=16))))
+
+    async with serving(start(tiny)) as engine:
+        first, second = [[await drawn(engine, seed) for seed in seeds] for _ in range(2)]
+        assert first == second
+        assert len(set(first)) == len(seeds)
+        assert len({await drawn(engine, -1) for _ in range(3)}) == 3
+
+
+def test_programs_change_their_state_in_place(tiny: Compiled) -> None:
+    """There is no room for a second pool: what a program is given and gives back new is the same memory."""
+
+    def num_bytes(tree: object) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    aliased = {}
+    for program in programs(tiny.replica):
+        memory = tiny.executables[program.key].memory_analysis()
+        aliased.setdefault(program.key[0], []).append(memory.alias_size_in_bytes)
+    pool, state = (
+        num_bytes(tiny.replica.layout.abstract(tiny.replica.mesh)),
+        num_bytes(tiny.replica.abstract_sampling()),
+    )
+    for name, changed in (("decode", pool), ("copy_pages", pool), ("head", state), ("admit", state)):
+        assert min(aliased[name]) >= changed, name
+
+
+async def test_a_step_leaves_no_second_pool(tiny: Compiled) -> None:
+    """By the addresses of the arrays before and after steps that write, copy pages, admit and sample."""
+    runner = new_runner(tiny)
+    before = [runner._kv_pages, *jax.tree.leaves(runner._sampling)]
+    places = [array.unsafe_buffer_pointer() for array in before]
+    async with serving(start(tiny, runner=runner)) as engine:
+        # A prompt that ends within a page: its forks copy that page.
+        events = await run(engine, make_request(prompt=PROMPT, n=3, temperature=1.0, seed=1))
+        assert len(tokens(events, 2)) == 8
+        assert all(array.is_deleted() for array in before)
+        after = [runner._kv_pages, *jax.tree.leaves(runner._sampling)]
+        assert [array.unsafe_buffer_pointer() for array in after] == places
 
 
 def dense_logprobs(model: Compiled, token_ids: list[int]) -> np.ndarray:

@@ -314,22 +314,24 @@ def test_stop_tokens_end_a_sequence_unless_told_otherwise() -> None:
     assert len(bench.tokens["b", 0]) > first + 1
 
 
-@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 0])
+@pytest.mark.parametrize("seed", [-2, 1 - 2**63, -(2**63), 2**63 - 1, 0, 1])
 def test_any_int64_is_a_seed(seed: int) -> None:
     bench = Bench()
     bench.submit("a", [1], seed=seed, n=2)
     bench.finish()
     sequences = {item.sequence.index: item.sequence.seed for step in bench.steps for item in step.items}
-    assert sequences == {0: seed % 2**63, 1: (seed + 1) % 2**63}
+    assert sequences == {0: seed % 2**64, 1: (seed + 1) % 2**64}
 
 
-def test_requests_without_a_seed_differ() -> None:
+@pytest.mark.parametrize("seed", [None, -1])
+def test_requests_without_a_seed_differ(seed: int | None) -> None:
     bench = Bench()
-    bench.submit("a", [1], seed=None)
-    bench.submit("b", [1], seed=None)
+    bench.submit("a", [1], seed=seed, n=2)
+    bench.submit("b", [1], seed=seed)
     bench.finish()
     seeds = {item.sequence.seed for step in bench.steps for item in step.items}
-    assert len(seeds) == 2
+    assert len(seeds) == 3
+    assert not seeds & {0, 2**63 - 1, 2**64 - 1}
 
 
 def test_ids_and_priorities_are_checked() -> None:

@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("bad_words", "64"),
         ("prompt", "1,024"),
         ("messages", "16,384"),
-        ("priority", "1,000,000"),
+        ("priority", "-10 to 10"),
     ],
 )
 def test_limits_are_told(name: str, limit: str) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, add_switch, positive, positives
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -30,7 +30,7 @@ def add_command(subjects: Commands) -> None:
         metavar="N",
         help="instead push so many short requests through; fails if one is not answered or memory grows",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_switch(parser, "--json", help="print JSON instead of the table")
     parser.set_defaults(run=run)
 
 

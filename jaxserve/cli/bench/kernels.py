@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter
+from jaxserve.cli.parsing import DefaultsFormatter, add_switch
 from jaxserve.cli.signals import terminable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_command(subjects: Commands) -> None:
     parser.add_argument(
         "--problem", action="append", default=[], metavar="TEXT", help="only problems whose names hold it; repeatable"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_switch(parser, "--json", help="print JSON instead of tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
     parser.set_defaults(run=run)
 

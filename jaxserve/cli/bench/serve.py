@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.parsing import DefaultsFormatter, above_zero, natural, number, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, above_zero, add_switch, natural, number, positive, positives
 
 if TYPE_CHECKING:
     from jaxserve.bench.serve import Plan
@@ -60,14 +60,12 @@ def add_command(subjects: Commands) -> None:
     )
     what.add_argument("--prompt-kind", choices=("auto", "tokens", "text"), default="auto", help="form of the prompts")
     what.add_argument("--temperature", type=number, default=0.0, help="0 is greedy")
-    what.add_argument(
-        "--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate all tokens asked for"
-    )
+    add_switch(what, "--ignore-eos", default=True, help="generate all tokens asked for")
     out = parser.add_argument_group("report")
     out.add_argument(
         "--slo", type=objective, action="append", default=[], metavar="NAME=MS", help="bound of a good request"
     )
-    out.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_switch(out, "--json", help="print JSON instead of the table")
     out.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON there")
     parser.set_defaults(run=run)
 

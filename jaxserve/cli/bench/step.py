@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter, positive, positives
+from jaxserve.cli.parsing import DefaultsFormatter, add_switch, positive, positives
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -29,7 +29,7 @@ def add_command(subjects: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="random:PRESET, or any model that can be served")
     parser.add_argument("--seqs", type=positives, default="1,8,64", metavar="N,...", help="sequences, a step each")
     parser.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens each sequence sees")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_switch(parser, "--json", help="print JSON instead of the table")
     add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures the steps."""
     from jaxserve.bench.step import measure_steps, table
     from jaxserve.cli.serve import config_of
+    from jaxserve.core.environment import warn_of_service_links
     from jaxserve.engine.compile import compile_holders
     from jaxserve.launch.build import find_model, plan_replica
     from jaxserve.launch.loading import load_weights
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.max_model_len is None:
         config = replace(config, max_model_len=arguments.context)
     logging.install(level="warning" if arguments.json else "info")
+    warn_of_service_links()
     shape = config.mesh
     with ProgressDisplay() as progress:
         model = find_model(config, progress)

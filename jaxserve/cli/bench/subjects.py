@@ -1,4 +1,4 @@
-"""`jaxserve bench WHAT`: measure a server from outside, a part of the engine, or kernels; tune kernels.
+"""`jaxserve bench WHAT`: measure a server from outside or abuse it, a part of the engine, or kernels; tune kernels.
 
 One module a subject, as with commands.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxserve.cli.bench import engine, kernels, serve, step, tune
+from jaxserve.cli.bench import abuse, engine, kernels, serve, step, tune
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -17,5 +17,5 @@ def add_command(commands: Commands) -> None:
     """Adds the command and what it can measure."""
     parser = commands.add_parser("bench", help="measure a server, the engine or kernels", description="Measure.")
     subjects = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    for subject in (serve, engine, step, kernels, tune):
+    for subject in (serve, engine, step, kernels, tune, abuse):
         subject.add_command(subjects)

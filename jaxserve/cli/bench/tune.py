@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.console import console
-from jaxserve.cli.parsing import DefaultsFormatter
+from jaxserve.cli.parsing import DefaultsFormatter, add_switch
 from jaxserve.cli.signals import terminable
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def add_command(subjects: Commands) -> None:
     parser.add_argument(
         "--problem", action="append", default=[], metavar="TEXT", help="only problems whose names hold it; repeatable"
     )
-    parser.add_argument("--write", action="store_true", help="write the tables that the kernels read")
+    add_switch(parser, "--write", help="write the tables that the kernels read")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="write them there, not into the package")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_switch(parser, "--json", help="print JSON instead of tables")
     parser.set_defaults(run=run)
 
 

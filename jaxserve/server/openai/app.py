@@ -22,6 +22,7 @@ from starlette.responses import Response
 from jaxserve.core.errors import InvalidRequestError, UnavailableError
 from jaxserve.engine.api import Engine
 from jaxserve.server.openai.body import parse_body, read_body
+from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
 from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
@@ -55,19 +56,25 @@ def create_app(
         config: Names, keys and limits.
         registry: Where the app's metrics go and what `/metrics` shows; by default one of its own.
         tracer: Where spans go; None records nothing.
+
+    Raises:
+        ConfigError: The attributes of an API key are wrong.
     """
     metrics = ServerMetrics(registry or CollectorRegistry(), config.served_model_names[0])
     metrics.observe_engine(lambda: _load(engine))
     translator = Translator(tokenizer, chat_template, config)
-    service = Service(engine=engine, translator=translator, config=config, metrics=metrics, tracer=tracer)
+    callers = Callers(config.api_keys, config.callers)
+    service = Service(
+        engine=engine, translator=translator, callers=callers, config=config, metrics=metrics, tracer=tracer
+    )
     facts = _Facts(engine=engine, translator=translator, config=config, metrics=metrics, created=int(time.time()))
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    if config.api_keys:
-        app.add_middleware(ApiKey, keys=config.api_keys)
+    if callers.ask_for_key:
+        app.add_middleware(ApiKey, callers=callers)
     app.add_middleware(RequestContext, on_response=metrics.responded)
     routes: tuple[tuple[str, str, Handler], ...] = (
         ("POST", CHAT, service.chat),

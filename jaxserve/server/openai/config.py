@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIN_PRIORITY, MAX_PRIORITY = -10, 10
+"""Bounds of a request's priority by default. A level is worth a minute of waiting: nobody gets ahead of those who ask
+for nothing by more than ten."""
+
 MAX_N = 128
 """Most sequences a prompt may ask for by default."""
 
@@ -15,13 +19,33 @@ MAX_SEQUENCES = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CallerPolicy:
+    """What callers may do, and what keeps them apart.
+
+    Attributes:
+        trusted_proxies: Addresses and networks that speak for others where no keys are asked for: their
+            X-Forwarded-For and their fairness header are believed.
+        min_priority: Lowest (most urgent) priority a request may have, at most 0.
+        max_priority: Highest, at least 0.
+        share_prefix_cache: Whether requests of different API keys share cached prefixes.
+    """
+
+    trusted_proxies: tuple[str, ...] = ()
+    min_priority: int = MIN_PRIORITY
+    max_priority: int = MAX_PRIORITY
+    share_prefix_cache: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AppConfig:
     """Settings of the OpenAI app.
 
     Attributes:
         served_model_names: Names a request may call the model by, at least one; answers use the one the request used.
         version: The server's version, shown by `/version`.
-        api_keys: Keys of which a request must bring one; none means that no key is asked for.
+        api_keys: Keys of which a request must bring one, each with its attributes as `callers.parse_line` takes them;
+            none means that no key is asked for.
+        callers: What callers may do.
         max_body_bytes: Largest request body.
         max_n: Most sequences a prompt may ask for, by `n` or `best_of`.
         max_prompts: Most prompts a request may bring.
@@ -32,6 +56,7 @@ class AppConfig:
     served_model_names: tuple[str, ...]
     version: str = "0"
     api_keys: tuple[str, ...] = ()
+    callers: CallerPolicy = CallerPolicy()
     max_body_bytes: int = 16 * 2**20
     max_n: int = MAX_N
     max_prompts: int = MAX_PROMPTS

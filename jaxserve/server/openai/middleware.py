@@ -7,7 +7,6 @@ they are read. None of them buffers anything, and streams pass through untouched
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
@@ -18,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.core.errors import AuthenticationError, PayloadTooLargeError
+from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.errors import error_response, internal_error
 from jaxserve.telemetry.logging import REQUEST_ID
 
@@ -76,27 +76,20 @@ class ApiKey:
 
     Args:
         app: The next layer.
-        keys: The keys, at least one.
+        callers: Know the keys, and whose they are.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, *, callers: Callers) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_key(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._callers.admit(scope):
             await self._app(scope, receive, send)
             return
         error = AuthenticationError("The API key is missing or wrong; send it as `Authorization: Bearer KEY`.")
         await error_response(error, headers={"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _has_key(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")
-        # Every key is compared, each in constant time, so that timing says nothing about any of them.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 class BodyLimit:

@@ -15,7 +15,6 @@ from typing import Any
 
 from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import MAX_LOGPROBS
-from jaxserve.engine.policy import MAX_PRIORITY
 from jaxserve.sampling.validate import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
@@ -26,7 +25,7 @@ from jaxserve.sampling.validate import (
     MAX_STOP_IDS,
     MIN_REPETITION_PENALTY,
 )
-from jaxserve.server.openai.config import MAX_N, MAX_PROMPTS, MAX_SEQUENCES
+from jaxserve.server.openai.config import MAX_N, MAX_PRIORITY, MAX_PROMPTS, MAX_SEQUENCES, MIN_PRIORITY
 from jaxserve.server.openai.schema import (
     MAX_MESSAGES,
     MAX_NAME_CHARS,
@@ -99,7 +98,8 @@ _SAMPLING = (
     _applied("min_p", GENERATION, "In [0, 1], default 0"),
     _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens with `--dtype float32`; in "
              "bfloat16 on CPUs a near-tie may fall the other way when matmuls have other shapes, as they do beside "
-             "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md))"),
+             "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md)). Any signed 64-bit integer; -1 draws a "
+             "random one, the default"),
     _applied("presence_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("frequency_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("repetition_penalty", GENERATION, f"In [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}], default "
@@ -142,9 +142,12 @@ _OUTPUT = (
 )  # fmt: skip
 
 _SERVICE = (
-    _applied("priority", GENERATION, f"Lower runs first; -{MAX_PRIORITY:,} to {MAX_PRIORITY:,}, default 0"),
+    _applied("priority", GENERATION, f"Lower runs first, and a level is worth a minute of waiting; {MIN_PRIORITY} to "
+             f"{MAX_PRIORITY} unless the server (`min_priority`, `max_priority`) or the API key has other bounds; "
+             "default 0"),
     _applied("cache_salt", GENERATION, "Prefix-cache pages are shared only between requests of the same salt; up to "
-             f"{MAX_SALT_CHARS:,} characters"),
+             f"{MAX_SALT_CHARS:,} characters. Where there are several API keys each has salts of its own "
+             "(`share_prefix_cache`)"),
     _applied("user", GENERATION, f"Written to the request's log line and span; up to {MAX_NAME_CHARS} characters"),
     _applied("safety_identifier", (CHAT,), "Written to the request's log line and span in place of user, and as long"),
 )  # fmt: skip

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from jaxserve.core.types import MAX_LOGPROBS
-from jaxserve.engine.policy import MAX_PRIORITY
 from jaxserve.sampling.validate import (
     MAX_BAD_WORDS,
     MAX_BIAS_VALUE,
@@ -119,7 +118,7 @@ class GenerationBody(Body):
     echo: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: int | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     return_token_ids: bool | None = None
 

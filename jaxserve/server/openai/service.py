@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fastapi.responses import JSONResponse
@@ -24,6 +24,7 @@ from jaxserve.core.errors import JaxserveError
 from jaxserve.engine.api import Engine
 from jaxserve.server.openai.answer import Answer
 from jaxserve.server.openai.body import parse_body, read_body
+from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
@@ -56,6 +57,7 @@ class Service:
     Attributes:
         engine: Generates.
         translator: Turns bodies into engine requests.
+        callers: Say whose they are.
         config: The app's settings.
         metrics: Where latencies go.
         tracer: Where spans go; None records nothing.
@@ -63,6 +65,7 @@ class Service:
 
     engine: Engine
     translator: Translator
+    callers: Callers
     config: AppConfig
     metrics: ServerMetrics
     tracer: Tracer | None
@@ -113,10 +116,12 @@ class Service:
         span: RequestSpan,
     ) -> Response:
         created = int(time.time())
+        caller = self.callers.of(request.scope)
         data = await read_body(request)
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
             generation = await in_thread_if_large(data, lambda: translate(data, response_id))
+        generation = replace(generation, requests=tuple(map(caller.claim, generation.requests)))
         inflight = InFlight(
             self.engine,
             generation,
@@ -152,6 +157,7 @@ class Service:
             "completion_tokens": usage.completion_tokens,
             "cached_tokens": usage.cached_tokens,
             "outcome": inflight.outcome,
+            "client": generation.requests[0].client,
         }
         if generation.end_user is not None:
             facts["end_user"] = generation.end_user

@@ -19,15 +19,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxserve.core.errors import InvalidRequestError, UnavailableError
+from jaxserve.core.errors import UnavailableError
 from jaxserve.engine.api import Engine
-from jaxserve.server.openai.body import parse_body, read_body
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
 from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
+from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
-from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
-from jaxserve.server.openai.service import Service, in_thread_if_large
+from jaxserve.server.openai.service import Service
+from jaxserve.server.openai.token_routes import TokenRoutes
 from jaxserve.server.openai.translate import Translator
 from jaxserve.telemetry import metrics as names
 from jaxserve.telemetry.metrics import Load, ServerMetrics
@@ -59,7 +59,11 @@ def create_app(
     metrics = ServerMetrics(registry or CollectorRegistry(), config.served_model_names[0])
     metrics.observe_engine(lambda: _load(engine))
     translator = Translator(tokenizer, chat_template, config)
-    service = Service(engine=engine, translator=translator, config=config, metrics=metrics, tracer=tracer)
+    offload = Offload()
+    service = Service(
+        engine=engine, translator=translator, config=config, metrics=metrics, tracer=tracer, offload=offload
+    )
+    tokens = TokenRoutes(engine=engine, translator=translator, offload=offload)
     facts = _Facts(engine=engine, translator=translator, config=config, metrics=metrics, created=int(time.time()))
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -72,8 +76,10 @@ def create_app(
     routes: tuple[tuple[str, str, Handler], ...] = (
         ("POST", CHAT, service.chat),
         ("POST", COMPLETIONS, service.completion),
-        ("POST", TOKENIZE, facts.tokenize),
-        ("POST", DETOKENIZE, facts.detokenize),
+        ("POST", f"{CHAT}/render", service.render_chat),
+        ("POST", f"{COMPLETIONS}/render", service.render_completion),
+        ("POST", TOKENIZE, tokens.tokenize),
+        ("POST", DETOKENIZE, tokens.detokenize),
         ("GET", "/v1/models", facts.models),
         ("GET", "/v1/models/{model:path}", facts.model),
         ("GET", "/health", facts.health),
@@ -107,16 +113,6 @@ class _Facts:
         self.translator.check_model(name)
         return JSONResponse(self._model_json(name))
 
-    async def tokenize(self, request: Request) -> Response:
-        """`POST /tokenize`."""
-        data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._tokenize(data)))
-
-    async def detokenize(self, request: Request) -> Response:
-        """`POST /detokenize`."""
-        data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._detokenize(data)))
-
     async def health(self, request: Request) -> Response:
         """`GET /health`: whether the process is worth keeping."""
         health = self.engine.health()
@@ -149,36 +145,6 @@ class _Facts:
             "parent": None,
             "max_model_len": self.engine.info.max_model_len,
         }
-
-    def _tokenize(self, data: bytes) -> dict[str, Any]:
-        body = parse_body(TokenizeBody, data, TOKENIZE)
-        tokenizer = self.translator.tokenizer
-        self._check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("Give either prompt or messages.", param="prompt")
-        if body.prompt is None:
-            token_ids = self.translator.chat_prompt(body)
-        else:
-            token_ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        answer = {
-            "count": len(token_ids),
-            "max_model_len": self.engine.info.max_model_len,
-            "tokens": token_ids,
-            "token_strs": [tokenizer.token_text(token_id) for token_id in token_ids],
-        }
-        return answer if body.return_token_strs else {**answer, "token_strs": None}
-
-    def _detokenize(self, data: bytes) -> dict[str, Any]:
-        body = parse_body(DetokenizeBody, data, DETOKENIZE)
-        tokenizer = self.translator.tokenizer
-        self._check_model(body.model)
-        if any(token_id >= tokenizer.vocab_size for token_id in body.tokens):
-            raise InvalidRequestError(f"tokens must be token ids in [0, {tokenizer.vocab_size}).", param="tokens")
-        return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
-
-    def _check_model(self, model: str | None) -> None:
-        if model is not None:
-            self.translator.check_model(model)
 
 
 def _load(engine: Engine) -> Load | None:

@@ -25,6 +25,7 @@ from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
 from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
 from jaxserve.server.openai.offload import Offload
+from jaxserve.server.openai.pages import Pages
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from jaxserve.server.openai.service import Service
 from jaxserve.server.openai.token_routes import TokenRoutes
@@ -65,6 +66,7 @@ def create_app(
     )
     tokens = TokenRoutes(engine=engine, translator=translator, offload=offload)
     facts = _Facts(engine=engine, translator=translator, config=config, metrics=metrics, created=int(time.time()))
+    pages = Pages(version=config.version, model=config.served_model_names[0], needs_key=bool(config.api_keys))
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
@@ -73,21 +75,7 @@ def create_app(
     if config.api_keys:
         app.add_middleware(ApiKey, keys=config.api_keys)
     app.add_middleware(RequestContext, on_response=metrics.responded)
-    routes: tuple[tuple[str, str, Handler], ...] = (
-        ("POST", CHAT, service.chat),
-        ("POST", COMPLETIONS, service.completion),
-        ("POST", f"{CHAT}/render", service.render_chat),
-        ("POST", f"{COMPLETIONS}/render", service.render_completion),
-        ("POST", TOKENIZE, tokens.tokenize),
-        ("POST", DETOKENIZE, tokens.detokenize),
-        ("GET", "/v1/models", facts.models),
-        ("GET", "/v1/models/{model:path}", facts.model),
-        ("GET", "/health", facts.health),
-        ("GET", "/ready", facts.ready),
-        ("GET", "/metrics", facts.metrics_page),
-        ("GET", "/version", facts.version),
-    )
-    for method, path, handler in routes:
+    for method, path, handler in _routes(service, tokens, facts, pages):
         app.add_route(path, handler, methods=[method])
     return app
 
@@ -145,6 +133,27 @@ class _Facts:
             "parent": None,
             "max_model_len": self.engine.info.max_model_len,
         }
+
+
+def _routes(service: Service, tokens: TokenRoutes, facts: _Facts, pages: Pages) -> tuple[tuple[str, str, Handler], ...]:
+    """Method, path and handler of everything there is."""
+    return (
+        ("POST", CHAT, service.chat),
+        ("POST", COMPLETIONS, service.completion),
+        ("POST", f"{CHAT}/render", service.render_chat),
+        ("POST", f"{COMPLETIONS}/render", service.render_completion),
+        ("POST", TOKENIZE, tokens.tokenize),
+        ("POST", DETOKENIZE, tokens.detokenize),
+        ("GET", "/v1/models", facts.models),
+        ("GET", "/v1/models/{model:path}", facts.model),
+        ("GET", "/health", facts.health),
+        ("GET", "/ready", facts.ready),
+        ("GET", "/metrics", facts.metrics_page),
+        ("GET", "/version", facts.version),
+        ("GET", "/", pages.root),
+        ("GET", "/docs", pages.docs),
+        ("GET", "/openapi.json", pages.openapi),
+    )
 
 
 def _load(engine: Engine) -> Load | None:

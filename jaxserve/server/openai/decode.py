@@ -251,16 +251,16 @@ class _TokenIds:
     def __call__(self, field: bytes, path: str) -> tuple[int, ...]:
         if field[:1] != b"[":
             raise WrongTypeError(f"{path} must be a list of token ids.", param=path)
-        return tuple(chain.from_iterable(self._pieces(field[1:-1], path)))
+        return tuple(chain.from_iterable(self._pieces(field, path)))
 
-    def _pieces(self, inner: bytes, path: str) -> Iterator[list[int]]:
+    def _pieces(self, field: bytes, path: str) -> Iterator[list[int]]:
         """Cuts at commas: where one lies within a text or an inner list, what is cut off is no list of numbers."""
-        start, num_before = 0, 0
-        while start <= len(inner):
-            end = inner.find(b",", start + _PIECE_BYTES)
-            end = len(inner) if end < 0 else end
+        start, num_before = 1, 0
+        while start < len(field):
+            end = field.find(b",", start + _PIECE_BYTES)
+            end = len(field) - 1 if end < 0 else end
             try:
-                piece = self._decoder.decode(b"[" + inner[start:end] + b"]")
+                piece = self._decoder.decode(b"[" + field[start:end] + b"]")
             except msgspec.ValidationError as error:
                 raise invalid(error, path, num_before=num_before) from error
             except (msgspec.DecodeError, RecursionError) as error:

@@ -51,8 +51,9 @@ def check_depth(depth: int, path: str) -> None:
 
 
 def shown(name: str) -> str:
-    """A name a client sent, short enough for an error."""
-    return name if len(name) <= _SHOWN_CHARS else name[:_SHOWN_CHARS] + "..."
+    """A name a client sent, short and on one line."""
+    short = name if len(name) <= _SHOWN_CHARS else name[:_SHOWN_CHARS] + "..."
+    return short if short.isprintable() and short else ascii(short)
 
 
 def too_many(path: str, max_values: int) -> InvalidRequestError:

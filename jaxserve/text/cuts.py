@@ -17,8 +17,11 @@ import tokenizers
 PART_CHARS = 1 << 16
 """Parts are about this long; encoding one takes some 16 MiB."""
 
-MAX_UNCUT_CHARS = 1 << 21
-"""Longest text, or stretch of one, that is encoded as a whole."""
+MAX_UNCUT_CHARS = 1 << 19
+"""Longest stretch without a cut that is encoded, by tokenizers whose texts can be cut."""
+
+MAX_WHOLE_CHARS = 1 << 21
+"""Longest text that is encoded by tokenizers whose texts cannot be cut."""
 
 _CUT = re.compile(
     r"(?<=[A-Za-z])(?= [A-Za-z])"

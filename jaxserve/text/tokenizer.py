@@ -18,7 +18,7 @@ import tokenizers
 
 from jaxserve.core.errors import CheckpointError, InvalidRequestError
 from jaxserve.text.coverage import coverage_of
-from jaxserve.text.cuts import MAX_UNCUT_CHARS, PART_CHARS, can_be_cut, parts
+from jaxserve.text.cuts import MAX_UNCUT_CHARS, MAX_WHOLE_CHARS, PART_CHARS, can_be_cut, parts
 from jaxserve.text.token_bytes import TokenDecoder, parse_decoder
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -218,18 +218,21 @@ class BackendTokenizer:
         if len(text) <= PART_CHARS or not self._can_be_cut:
             return self._encode_long(text, add_special_tokens=add_special_tokens)
         ids: list[int] = []
+        shared: dict[int, int] = {}  # one object an id, of which a long text may have millions
         for part in parts(text):
-            ids += self._encode_long(part, add_special_tokens=False)
+            part_ids = self._encode_long(part, add_special_tokens=False)
+            ids.extend(map(shared.setdefault, part_ids, part_ids))
         if not add_special_tokens:
             return ids
         prefix, suffix = self._wrapping
         return [*prefix, *ids, *suffix]
 
     def _encode_long(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) > MAX_UNCUT_CHARS:
+        most = MAX_UNCUT_CHARS if self._can_be_cut else MAX_WHOLE_CHARS
+        if len(text) > most:
             raise InvalidRequestError(
-                f"The text has {len(text)} characters that can only be tokenised together, at most {MAX_UNCUT_CHARS} "
-                "are; shorten it or break it into lines."
+                f"The text has {len(text)} characters that can only be tokenised together, at most {most} are; "
+                f"{'break it into lines' if self._can_be_cut else 'shorten it'}."
             )
         # Of the library's ways to encode, those for batches let other threads of Python run meanwhile.
         [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

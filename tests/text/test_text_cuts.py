@@ -110,7 +110,8 @@ def test_a_long_text_is_never_encoded_as_a_whole(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("tokenizer", [CUTTABLE["smollm"], *WHOLE.values()])
 def test_what_cannot_be_cut_has_a_bound(tokenizer: BackendTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxserve.text.tokenizer.MAX_UNCUT_CHARS", 100_000)
+    name = "MAX_UNCUT_CHARS" if cuts.can_be_cut(tokenizer.backend) else "MAX_WHOLE_CHARS"
+    monkeypatch.setattr(f"jaxserve.text.tokenizer.{name}", 100_000)
     assert tokenizer.encode("a" * 100_000)
     with pytest.raises(InvalidRequestError, match="100001 characters that can only be tokenised together"):
         tokenizer.encode("a" * 100_001)

@@ -31,7 +31,7 @@ VALUES = st.recursive(
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def is_int(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+def is_int(value: Any, low: float = -math.inf, high: float = 2**63 - 1) -> bool:
     return type(value) is int and low <= value <= high
 
 
@@ -53,7 +53,7 @@ def is_stops(value: Any) -> bool:
 
 def is_prompt(value: Any) -> bool:
     def ids(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(is_int(each) for each in value)
+        return isinstance(value, list) and bool(value) and all(is_int(each, high=math.inf) for each in value)
 
     if isinstance(value, str) or ids(value):
         return True

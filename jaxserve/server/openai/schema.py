@@ -45,13 +45,16 @@ MAX_METADATA = 16
 MAX_METADATA_CHARS = 512
 """Longest text of a metadata entry; OpenAI's bound."""
 
+MAX_INTEGER = 2**63 - 1
+"""Largest integer of a field for which nothing else is said."""
+
 Prompt = str | tuple[int, ...]
 """One prompt, as text or as token ids."""
 
 Prompts = tuple[Prompt, ...]
 """What any of the four forms of a prompt becomes: a text, texts, token ids, lists of token ids."""
 
-TokenId = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
 TokenIds = tuple[TokenId, ...]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Meta(ge=-MAX_PENALTY, le=MAX_PENALTY)]
@@ -83,24 +86,24 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     """What chat and text completions have in common."""
 
     model: str
-    max_tokens: Annotated[int, Meta(ge=0)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    n: Annotated[int, Meta(ge=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=MAX_INTEGER)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
     user: Name | None = None
     safety_identifier: Name | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INTEGER)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -110,7 +113,7 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     prompt_logprobs: NumLogprobs | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INTEGER)] | None = None
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     prompt_cache_key: Name | None = None
@@ -190,7 +193,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True):
 
     prompt: Prompts
     logprobs: NumLogprobs | None = None
-    best_of: Annotated[int, Meta(ge=1)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
 
 
 class TokenizeBody(Body, frozen=True, kw_only=True):

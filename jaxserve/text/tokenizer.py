@@ -18,6 +18,7 @@ import tokenizers
 
 from jaxserve.core.errors import CheckpointError, InvalidRequestError
 from jaxserve.text.coverage import coverage_of
+from jaxserve.text.cuts import MAX_UNCUT_CHARS, MAX_WHOLE_CHARS, PART_CHARS, can_be_cut, parts
 from jaxserve.text.token_bytes import TokenDecoder, parse_decoder
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -132,6 +133,9 @@ class BackendTokenizer:
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._coverage = coverage_of(backend)
+        wrapping = _wrapping(backend)
+        self._wrapping = wrapping or ([], [])
+        self._can_be_cut = wrapping is not None and can_be_cut(backend)
         self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._bytes: dict[int, bytes] = {}
 
@@ -211,9 +215,36 @@ class BackendTokenizer:
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) <= LONG_TEXT_CHARS:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) <= PART_CHARS or not self._can_be_cut:
+            return self._encode_long(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        shared: dict[int, int] = {}  # one object an id, of which a long text may have millions
+        for part in parts(text):
+            part_ids = self._encode_long(part, add_special_tokens=False)
+            ids.extend(map(shared.setdefault, part_ids, part_ids))
+        if not add_special_tokens:
+            return ids
+        prefix, suffix = self._wrapping
+        return [*prefix, *ids, *suffix]
+
+    def _encode_long(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        most = MAX_UNCUT_CHARS if self._can_be_cut else MAX_WHOLE_CHARS
+        if len(text) > most:
+            raise InvalidRequestError(
+                f"The text has {len(text)} characters that can only be tokenised together, at most {most} are; "
+                f"{'break it into lines' if self._can_be_cut else 'shorten it'}."
+            )
         # Of the library's ways to encode, those for batches let other threads of Python run meanwhile.
         [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
+
+
+def _wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
+    """What the backend's post-processor puts before and behind a text; None if that cannot be told."""
+    inner = list(backend.encode("a", add_special_tokens=False).ids)
+    whole = list(backend.encode("a", add_special_tokens=True).ids)
+    starts = [i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner]
+    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and len(starts) == 1 else None
 
 
 def tokenizer_from_folder(path: str | Path, *, eos_token_ids: Sequence[int] = ()) -> BackendTokenizer:

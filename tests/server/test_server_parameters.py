@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,12 +14,15 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_params
-from server_harness import ASSISTANT, BOS, INFO, TOKENIZER, chat, completion, events_of, ids
+from server_harness import ASSISTANT, BOS, CONFIG, INFO, TEMPLATE, TOKENIZER, chat, completion, events_of, ids
 
 from jaxserve.core.types import SamplingParams
 from jaxserve.engine.fake import FakeEngine
 from jaxserve.server.openai import parameters, schema
+from jaxserve.server.openai.body import body_decoder
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, PARAMETERS, TOKENIZE
+from jaxserve.server.openai.translate import Translator
+from jaxserve.text.chat import ChatTemplate
 
 MODELS: dict[str, type[schema.Body]] = {
     CHAT: schema.ChatBody,
@@ -82,7 +86,7 @@ class TestTable:
     @pytest.mark.parametrize("route", parameters.ENDPOINTS)
     def test_applied_are_the_fields_of_the_model(self, route: str) -> None:
         applied = {p.name for p in PARAMETERS if p.applied and route in p.endpoints}
-        assert applied == set(MODELS[route].model_fields)
+        assert applied == set(MODELS[route].__struct_fields__)
 
     @pytest.mark.parametrize("route", parameters.ENDPOINTS)
     def test_each_is_listed_once(self, route: str) -> None:
@@ -103,7 +107,7 @@ class TestTable:
 
     def test_all_stream_options_are_fields(self) -> None:
         keys = chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__optional_keys__
-        assert keys <= set(schema.StreamOptions.model_fields)
+        assert keys <= set(schema.StreamOptions.__struct_fields__)
 
     def test_all_of_vllm_is_listed(self) -> None:
         assert set(VLLM_EXTRAS.replace(",", " ").split()) <= {p.name for p in PARAMETERS}
@@ -144,7 +148,7 @@ class TestRefused:
             assert response.status_code == 200, response.text
 
     async def test_numbers_are_no_booleans(self, client: httpx.AsyncClient) -> None:
-        for name, value in (("store", 0), ("parallel_tool_calls", 1)):
+        for name, value in (("store", 0), ("parallel_tool_calls", 1), ("use_beam_search", 0), ("include_reasoning", 1)):
             response = await client.post(CHAT, json=chat(**{name: value}))
             assert response.json()["error"]["param"] == name
 
@@ -278,6 +282,18 @@ class TestSampling:
         assert engine.submitted[-1].prompt[0] != BOS
         await ask(route)
         assert (engine.submitted[-1].prompt[0] == BOS) is (route == COMPLETIONS)
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_prompt_cache_key_is_kept(route: str) -> None:
+    translator = Translator(TOKENIZER, ChatTemplate(TEMPLATE, TOKENIZER.special_tokens), CONFIG)
+    for fields, kept in (({}, None), ({"prompt_cache_key": "session"}, "session")):
+        data = json.dumps(body_for(route, **fields)).encode()
+        if route == CHAT:
+            generation = translator.chat(body_decoder(schema.ChatBody, route).decode(data), INFO, "id")
+        else:
+            generation = translator.completion(body_decoder(schema.CompletionBody, route).decode(data), INFO, "id")
+        assert generation.prompt_cache_key == kept
 
 
 def logged_users(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -54,7 +54,7 @@ async def test_request_in_traces(stream: bool) -> None:
     engine = make_engine()
     async with client_of(make_app(engine, tracer=provider.get_tracer("test"))) as client:
         headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "x-request-id": "abc"}
-        await client.post(CHAT, json=chat(stream=stream, n=2, user="ann"), headers=headers)
+        await client.post(CHAT, json=chat(stream=stream, n=2, user="ann", metadata={"job": "7"}), headers=headers)
     spans = exporter.get_finished_spans()
     names = sorted(span.name for span in spans)
     assert names == sorted([f"POST {CHAT}", "tokenize", *["queue", "prefill", "decode"] * 2])
@@ -64,6 +64,7 @@ async def test_request_in_traces(stream: bool) -> None:
     assert root.attributes["request.id"] == "abc"
     assert root.attributes["gen_ai.usage.output_tokens"] == 8
     assert root.attributes["jaxserve.end_user"] == "ann"
+    assert root.attributes["jaxserve.metadata.job"] == "7"
     assert root.status.is_unset
 
 

@@ -19,16 +19,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxserve.core.errors import InvalidRequestError, UnavailableError
+from jaxserve.core.errors import UnavailableError
 from jaxserve.engine.api import Engine
-from jaxserve.server.openai.body import parse_body, read_body
 from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
 from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
+from jaxserve.server.openai.offload import Offload
+from jaxserve.server.openai.pages import Pages
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
-from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
-from jaxserve.server.openai.service import Service, in_thread_if_large
+from jaxserve.server.openai.service import Service
+from jaxserve.server.openai.token_routes import TokenRoutes
 from jaxserve.server.openai.translate import Translator
 from jaxserve.telemetry import metrics as names
 from jaxserve.telemetry.metrics import Load, ServerMetrics
@@ -64,10 +65,19 @@ def create_app(
     metrics.observe_engine(lambda: _load(engine))
     translator = Translator(tokenizer, chat_template, config)
     callers = Callers(config.api_keys, config.callers)
+    offload = Offload()
     service = Service(
-        engine=engine, translator=translator, callers=callers, config=config, metrics=metrics, tracer=tracer
+        engine=engine,
+        translator=translator,
+        callers=callers,
+        config=config,
+        metrics=metrics,
+        tracer=tracer,
+        offload=offload,
     )
+    tokens = TokenRoutes(engine=engine, translator=translator, offload=offload)
     facts = _Facts(engine=engine, translator=translator, config=config, metrics=metrics, created=int(time.time()))
+    pages = Pages(version=config.version, model=config.served_model_names[0], needs_key=bool(config.api_keys))
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
@@ -76,19 +86,7 @@ def create_app(
     if callers.ask_for_key:
         app.add_middleware(ApiKey, callers=callers)
     app.add_middleware(RequestContext, on_response=metrics.responded)
-    routes: tuple[tuple[str, str, Handler], ...] = (
-        ("POST", CHAT, service.chat),
-        ("POST", COMPLETIONS, service.completion),
-        ("POST", TOKENIZE, facts.tokenize),
-        ("POST", DETOKENIZE, facts.detokenize),
-        ("GET", "/v1/models", facts.models),
-        ("GET", "/v1/models/{model:path}", facts.model),
-        ("GET", "/health", facts.health),
-        ("GET", "/ready", facts.ready),
-        ("GET", "/metrics", facts.metrics_page),
-        ("GET", "/version", facts.version),
-    )
-    for method, path, handler in routes:
+    for method, path, handler in _routes(service, tokens, facts, pages):
         app.add_route(path, handler, methods=[method])
     return app
 
@@ -113,16 +111,6 @@ class _Facts:
         name = request.path_params["model"]
         self.translator.check_model(name)
         return JSONResponse(self._model_json(name))
-
-    async def tokenize(self, request: Request) -> Response:
-        """`POST /tokenize`."""
-        data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._tokenize(data)))
-
-    async def detokenize(self, request: Request) -> Response:
-        """`POST /detokenize`."""
-        data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._detokenize(data)))
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: whether the process is worth keeping."""
@@ -157,35 +145,26 @@ class _Facts:
             "max_model_len": self.engine.info.max_model_len,
         }
 
-    def _tokenize(self, data: bytes) -> dict[str, Any]:
-        body = parse_body(TokenizeBody, data, TOKENIZE)
-        tokenizer = self.translator.tokenizer
-        self._check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("Give either prompt or messages.", param="prompt")
-        if body.prompt is None:
-            token_ids = self.translator.chat_prompt(body)
-        else:
-            token_ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        answer = {
-            "count": len(token_ids),
-            "max_model_len": self.engine.info.max_model_len,
-            "tokens": token_ids,
-            "token_strs": [tokenizer.token_text(token_id) for token_id in token_ids],
-        }
-        return answer if body.return_token_strs else {**answer, "token_strs": None}
 
-    def _detokenize(self, data: bytes) -> dict[str, Any]:
-        body = parse_body(DetokenizeBody, data, DETOKENIZE)
-        tokenizer = self.translator.tokenizer
-        self._check_model(body.model)
-        if any(token_id >= tokenizer.vocab_size for token_id in body.tokens):
-            raise InvalidRequestError(f"tokens must be token ids in [0, {tokenizer.vocab_size}).", param="tokens")
-        return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
-
-    def _check_model(self, model: str | None) -> None:
-        if model is not None:
-            self.translator.check_model(model)
+def _routes(service: Service, tokens: TokenRoutes, facts: _Facts, pages: Pages) -> tuple[tuple[str, str, Handler], ...]:
+    """Method, path and handler of everything there is."""
+    return (
+        ("POST", CHAT, service.chat),
+        ("POST", COMPLETIONS, service.completion),
+        ("POST", f"{CHAT}/render", service.render_chat),
+        ("POST", f"{COMPLETIONS}/render", service.render_completion),
+        ("POST", TOKENIZE, tokens.tokenize),
+        ("POST", DETOKENIZE, tokens.detokenize),
+        ("GET", "/v1/models", facts.models),
+        ("GET", "/v1/models/{model:path}", facts.model),
+        ("GET", "/health", facts.health),
+        ("GET", "/ready", facts.ready),
+        ("GET", "/metrics", facts.metrics_page),
+        ("GET", "/version", facts.version),
+        ("GET", "/", pages.root),
+        ("GET", "/docs", pages.docs),
+        ("GET", "/openapi.json", pages.openapi),
+    )
 
 
 def _load(engine: Engine) -> Load | None:

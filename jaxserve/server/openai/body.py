@@ -1,14 +1,14 @@
-"""Reading a request's body into its strict model."""
+"""Reading a request's body into its type."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
-from pydantic import ValidationError
 from starlette.requests import Request
 
 from jaxserve.core.errors import UnsupportedMediaTypeError
-from jaxserve.server.openai.errors import invalid_request
+from jaxserve.server.openai.decode import BodyDecoder
 from jaxserve.server.openai.parameters import refuse_unsupported
 from jaxserve.server.openai.schema import Body
 
@@ -18,33 +18,27 @@ B = TypeVar("B", bound=Body)
 async def read_body(request: Request) -> bytes:
     """The whole body; `BodyLimit` bounds it.
 
+    Only JSON is read: a browser sends other types across origins without asking, so a web page could otherwise have
+    requests run here in the name of whoever looks at it.
+
     Raises:
-        UnsupportedMediaTypeError: The content type is given and not JSON.
+        UnsupportedMediaTypeError: The content type is not JSON, or not given.
         PayloadTooLargeError: The body passes the limit.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type not in ("", "application/json"):
-        raise UnsupportedMediaTypeError(
-            f"The content type {content_type[:100]!r} is not read here; send `content-type: application/json`.",
-            param="content-type",
+    if content_type != "application/json":
+        given = (
+            f"The content type {content_type[:100]!r} is not read here" if content_type else "No content type is given"
         )
+        raise UnsupportedMediaTypeError(f"{given}; send `content-type: application/json`.", param="content-type")
     return await request.body()
 
 
-def parse_body(model: type[B], data: bytes, endpoint: str) -> B:
-    """The body as its model.
+def body_decoder(model: type[B], endpoint: str) -> BodyDecoder[B]:
+    """What reads the bodies of an endpoint.
 
     Args:
         model: What the endpoint takes.
-        data: JSON text in UTF-8.
         endpoint: The route, for the table of parameters.
-
-    Raises:
-        InvalidRequestError: The body is not JSON, does not fit the model, or has fields that are not supported.
     """
-    try:
-        body = model.model_validate_json(data)
-    except ValidationError as error:
-        raise invalid_request(error) from error
-    refuse_unsupported(endpoint, body.model_extra)
-    return body
+    return BodyDecoder(model, partial(refuse_unsupported, endpoint))

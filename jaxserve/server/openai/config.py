@@ -17,6 +17,15 @@ MAX_PROMPTS = 1024
 MAX_SEQUENCES = 2048
 """Most sequences a request may ask for by default, over all its prompts."""
 
+MAX_STOP_SEQUENCES = 1 << 16
+"""Most stop strings times sequences of a request."""
+
+MAX_ALLOWED_IDS = 1 << 20
+"""Most allowed token ids times sequences of a request: each sequence's are looked up and loaded anew."""
+
+MAX_PROMPT_LOGPROBS = 1 << 22
+"""Most log-probabilities of prompt tokens in an answer, over all prompts: alternatives and the token itself count."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallerPolicy:

@@ -21,8 +21,8 @@ from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.errors import error_response, internal_error
 from jaxserve.telemetry.logging import REQUEST_ID
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
-"""Paths that ask for no key: probes and scrapers have none."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/", "/docs", "/openapi.json"})
+"""Paths that ask for no key: probes, scrapers and who opens the server in a browser have none."""
 
 _LOG = logging.getLogger("jaxserve.access")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

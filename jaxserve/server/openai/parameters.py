@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import MAX_LOGPROBS
@@ -25,9 +24,23 @@ from jaxserve.sampling.validate import (
     MAX_STOP_IDS,
     MIN_REPETITION_PENALTY,
 )
-from jaxserve.server.openai.config import MAX_N, MAX_PRIORITY, MAX_PROMPTS, MAX_SEQUENCES, MIN_PRIORITY
+from jaxserve.server.openai.config import (
+    MAX_ALLOWED_IDS,
+    MAX_N,
+    MAX_PRIORITY,
+    MAX_PROMPT_LOGPROBS,
+    MAX_PROMPTS,
+    MAX_SEQUENCES,
+    MAX_STOP_SEQUENCES,
+    MIN_PRIORITY,
+)
+from jaxserve.server.openai.decode import MAX_FREE_VALUES, json_value
+from jaxserve.server.openai.faults import shown
+from jaxserve.server.openai.outline import MAX_DEPTH
 from jaxserve.server.openai.schema import (
     MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_METADATA_CHARS,
     MAX_NAME_CHARS,
     MAX_SALT_CHARS,
     MAX_STOP_CHARS,
@@ -53,6 +66,7 @@ class Parameter:
         applied: Whether it has an effect; otherwise it is refused with a 400.
         note: What it does, or why it is refused; a sentence without its full stop.
         no_op: Values of a refused parameter that ask for nothing, so they are let through; null always is one.
+            Clients and routers send them unasked.
     """
 
     name: str
@@ -73,7 +87,9 @@ def _refused(name: str, endpoints: tuple[str, ...], note: str, *no_op: object) -
 _INPUT = (
     _applied("model", ENDPOINTS, "One of the served names; another is a 404. Required where tokens are generated"),
     _applied("messages", (CHAT, TOKENIZE), "Rendered by the model's chat template; text content only; up to "
-             f"{MAX_MESSAGES:,}"),
+             f"{MAX_MESSAGES:,}, and as many parts and tool calls over all of them. Of earlier answers, `reasoning` is "
+             "read as reasoning_content, a `refusal` as content, arguments that are no JSON object as text; "
+             "annotations and cache_control are passed over"),
     _applied(
         "prompt", (COMPLETIONS, TOKENIZE), "Text, texts, token ids or lists of token ids, up to "
         f"{MAX_PROMPTS:,} prompts; /tokenize takes one text"
@@ -85,7 +101,8 @@ _INPUT = (
              "default true"),
     _applied("continue_final_message", (CHAT, TOKENIZE), "Leave the last message open for the model to continue; needs "
              "add_generation_prompt false"),
-    _applied("chat_template_kwargs", (CHAT, TOKENIZE), "Variables for the chat template"),
+    _applied("chat_template_kwargs", (CHAT, TOKENIZE), "Variables for the chat template; up to "
+             f"{MAX_FREE_VALUES:,} values, {MAX_DEPTH} levels deep"),
     _applied("truncate_prompt_tokens", GENERATION, "Keep only the last k tokens of the prompt; -1: as many as fit "
              "beside max_tokens"),
     _applied("return_token_strs", (TOKENIZE,), "Also answer with each token's text"),
@@ -106,7 +123,8 @@ _SAMPLING = (
              "1"),
     _applied("logit_bias", GENERATION, f"Token id (as a string) to a value in [-{MAX_BIAS_VALUE:g}, "
              f"{MAX_BIAS_VALUE:g}]; up to {MAX_BIAS_IDS} entries"),
-    _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled"),
+    _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled; up to "
+             f"{MAX_ALLOWED_IDS:,} over all sequences"),
     _applied("bad_words", GENERATION, "Texts that are not generated, with and without a leading space: up to "
              f"{MAX_BAD_WORDS} such forms of {MAX_BAD_WORD_LEN} tokens"),
 )  # fmt: skip
@@ -114,10 +132,11 @@ _SAMPLING = (
 _LENGTH = (
     _applied("max_tokens", GENERATION, "Chat: until the context is full by default. Completions: 16 by default; 0 with "
              "echo only scores the prompt"),
-    _applied("max_completion_tokens", (CHAT,), "The new name of max_tokens; both may stand only if equal"),
+    _applied("max_completion_tokens", GENERATION, "The new name of max_tokens; both may stand only if equal"),
     _applied("min_tokens", GENERATION, "No end of sequence, stop token or stop string before this many tokens"),
     _applied("stop", GENERATION, f"A text or a list of up to {MAX_STOP_STRINGS}, each of up to "
-             f"{MAX_STOP_CHARS:,} characters; found across token borders"),
+             f"{MAX_STOP_CHARS:,} characters, and up to {MAX_STOP_SEQUENCES:,} over all sequences; found across token "
+             "borders"),
     _applied("stop_token_ids", GENERATION, f"Tokens that end a sequence; up to {MAX_STOP_IDS}, the model's own "
              "end-of-sequence tokens among them"),
     _applied("ignore_eos", GENERATION, "Go on past the model's end-of-sequence tokens"),
@@ -137,7 +156,8 @@ _OUTPUT = (
     _applied("logprobs", GENERATION, "Chat: true or false. Completions: how many alternatives a token, 0 "
              f"to {MAX_LOGPROBS}"),
     _applied("top_logprobs", (CHAT,), f"Alternatives a token, 0 to {MAX_LOGPROBS}; needs logprobs"),
-    _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream"),
+    _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream; up to "
+             f"{MAX_PROMPT_LOGPROBS:,} over all prompts"),
     _applied("return_token_ids", GENERATION, "Puts token_ids and prompt_token_ids into each choice"),
 )  # fmt: skip
 
@@ -149,62 +169,90 @@ _SERVICE = (
              f"{MAX_SALT_CHARS:,} characters. Where there are several API keys each has salts of its own "
              "(`share_prefix_cache`)"),
     _applied("user", GENERATION, f"Written to the request's log line and span; up to {MAX_NAME_CHARS} characters"),
-    _applied("safety_identifier", (CHAT,), "Written to the request's log line and span in place of user, and as long"),
+    _applied("safety_identifier", GENERATION, "Written to the request's log line and span in place of user, and as "
+             "long"),
+    _applied("prompt_cache_key", GENERATION, "Kept with the request for routing; prefixes are found by content; up to "
+             f"{MAX_NAME_CHARS} characters"),
+    _applied("metadata", GENERATION, f"Written to the request's span; up to {MAX_METADATA} texts of up to "
+             f"{MAX_METADATA_CHARS} characters"),
 )  # fmt: skip
 
 _NOT_BUILT = (
     _refused("tools", (CHAT, TOKENIZE), "Tool calls are not parsed out of the output", []),
-    _refused("tool_choice", (CHAT,), "Tool calls are not parsed out of the output", "none"),
-    _refused("parallel_tool_calls", (CHAT,), "Tool calls are not parsed out of the output", True),
+    _refused("tool_choice", (CHAT,), "Tool calls are not parsed out of the output", "none", "auto"),
+    _refused("parallel_tool_calls", (CHAT,), "Tool calls are not parsed out of the output", True, False),
     _refused("functions", (CHAT,), "Replaced by tools, which are not parsed out of the output", []),
     _refused("function_call", (CHAT,), "Replaced by tools, which are not parsed out of the output", "none"),
     _refused("response_format", GENERATION, "Output cannot be constrained to a format", {"type": "text"}),
     _refused("structured_outputs", GENERATION, "Output cannot be constrained to a grammar"),
     _refused("kv_transfer_params", GENERATION, "This server does not exchange KV pages with others"),
-    _refused("suffix", (COMPLETIONS,), "The model does not fill in the middle of a text"),
+    _refused("suffix", (COMPLETIONS,), "The model does not fill in the middle of a text", ""),
     _refused("audio", (CHAT,), "The model does not speak"),
     _refused("modalities", (CHAT,), "The model answers with text only", ["text"]),
     _refused("prediction", (CHAT,), "Predicted output is not used to speed up generation"),
     _refused("reasoning_effort", (CHAT,), "Use chat_template_kwargs if the model's template has such a switch"),
-    _refused("verbosity", (CHAT,), "The model has no such switch; ask for it in a message"),
+    _refused("verbosity", (CHAT,), "The model has no such switch; ask for it in a message", "medium"),
     _refused("web_search_options", (CHAT,), "The server does not search the web"),
     _refused("moderation", (CHAT,), "The server does not moderate"),
-    _refused("metadata", (CHAT,), "Answers are not stored, so nothing could carry metadata", {}),
     _refused("store", (CHAT,), "Answers are not stored", False),
     _refused("service_tier", (CHAT,), "There is one tier; use priority", "auto", "default"),
-    _refused("prompt_cache_key", (CHAT,), "Prefixes are found by content; use cache_salt to keep users apart"),
     _refused("prompt_cache_options", (CHAT,), "The prefix cache has no options a request could set"),
-    _refused("prompt_cache_retention", (CHAT,), "The prefix cache keeps pages as long as memory allows"),
+    _refused("prompt_cache_retention", (CHAT,), "The prefix cache keeps pages as long as memory allows", "in_memory",
+             "in-memory"),
     _refused("chat_template", (CHAT, TOKENIZE), "A template is code; only the model's own is run"),
-)
+    _refused("use_beam_search", GENERATION, "Sequences are sampled; use n and best_of", False),
+    _refused("length_penalty", GENERATION, "It is a parameter of beam search, which is not built", 1.0, 1),
+    _refused("early_stopping", GENERATION, "It is a parameter of beam search, which is not built", False),
+    _refused("spaces_between_special_tokens", GENERATION, "Text is what the tokens' bytes spell", True),
+    _refused("return_tokens_as_token_ids", GENERATION, "Use return_token_ids", False),
+    _refused("no_stop_trim", GENERATION, "Use include_stop_str_in_output", False),
+    _refused("separate_reasoning", GENERATION, "Reasoning is not parsed out of the output", True),
+    _refused("stream_reasoning", GENERATION, "Reasoning is not parsed out of the output", True),
+    _refused("include_reasoning", GENERATION, "Reasoning is not parsed out of the output", True),
+    _refused("return_hidden_states", GENERATION, "Hidden states do not leave the device", False),
+)  # fmt: skip
 
 PARAMETERS = (*_INPUT, *_SAMPLING, *_LENGTH, *_OUTPUT, *_SERVICE, *_NOT_BUILT)
 
-_REFUSED: Mapping[tuple[str, str], Parameter] = {
-    (endpoint, parameter.name): parameter
-    for parameter in PARAMETERS
-    if not parameter.applied
-    for endpoint in parameter.endpoints
+_BY_NAME: Mapping[tuple[str, str], Parameter] = {
+    (endpoint, parameter.name): parameter for parameter in PARAMETERS for endpoint in parameter.endpoints
 }
+_REFUSED = {key: parameter for key, parameter in _BY_NAME.items() if not parameter.applied}
+_MAX_NO_OP_BYTES = 256
 
 
-def refuse_unsupported(endpoint: str, extras: Mapping[str, Any] | None) -> None:
-    """Judges the fields of a body that its model does not declare.
+def refuse_unsupported(endpoint: str, name: str, field: bytes) -> None:
+    """Judges a field of a body that its model does not declare.
 
     Args:
         endpoint: The route, such as `CHAT`.
-        extras: Field names and their values.
+        name: The field's.
+        field: Its value as JSON, not null.
 
     Raises:
-        InvalidRequestError: A field is unknown, or asks for something that is not built.
+        InvalidRequestError: The field is unknown, or asks for something that is not built.
     """
-    for name, value in (extras or {}).items():
-        parameter = _REFUSED.get((endpoint, name))
-        if parameter is None:
-            raise InvalidRequestError(f"{name} is not a known field of {endpoint}; remove it.", param=name)
-        if value is None or any(type(value) is type(no_op) and value == no_op for no_op in parameter.no_op):
-            continue
-        raise InvalidRequestError(f"{name} is not supported. {parameter.note}.", param=name)
+    parameter = _REFUSED.get((endpoint, name))
+    if parameter is None:
+        raise InvalidRequestError(f"{shown(name)} is not a known field of {endpoint}; remove it.", param=shown(name))
+    if len(field) <= _MAX_NO_OP_BYTES and parameter.no_op:
+        value = json_value(field, name)
+        if any(type(value) is type(no_op) and value == no_op for no_op in parameter.no_op):
+            return
+    raise InvalidRequestError(f"{name} is not supported. {parameter.note}.", param=name)
+
+
+def note_of(endpoint: str, name: str) -> str:
+    """What the table says of an endpoint's parameter, as a sentence.
+
+    Args:
+        endpoint: The route, such as `CHAT`.
+        name: The parameter's.
+
+    Raises:
+        KeyError: The table has no such parameter.
+    """
+    return f"{_BY_NAME[endpoint, name].note}."
 
 
 def markdown() -> str:
@@ -216,7 +264,9 @@ def markdown() -> str:
         "`python -m jaxserve.server.openai.parameters docs/parameters.md`.",
         "",
         "Every parameter is applied, or refused with a 400 that names it. A refused one is let through if it is null "
-        "or has a value listed beside it. Unknown fields are refused. `null` always means the default.",
+        "or has a value listed beside it. Unknown fields are refused unless they are null. `null` always means the "
+        "default. `/v1/chat/completions/render` and `/v1/completions/render` take the same bodies and answer with the "
+        "prompts' token ids.",
     ]
     for endpoint in ENDPOINTS:
         lines += ["", f"## `POST {endpoint}`", "", "| parameter | | what it does, or why not |", "|---|---|---|"]

@@ -7,13 +7,11 @@ requests and the request's span.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 from fastapi.responses import JSONResponse
 from opentelemetry.trace import Tracer
@@ -23,31 +21,27 @@ from starlette.responses import Response
 from jaxserve.core.errors import JaxserveError
 from jaxserve.engine.api import Engine
 from jaxserve.server.openai.answer import Answer
-from jaxserve.server.openai.body import parse_body, read_body
+from jaxserve.server.openai.body import body_decoder, read_body
 from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.decode import BodyDecoder
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
+from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
 from jaxserve.server.openai.responses import EventStream, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
+from jaxserve.server.openai.token_answers import token_ids_response
 from jaxserve.server.openai.translate import Generation, Translator
 from jaxserve.telemetry.logging import REQUEST_ID
 from jaxserve.telemetry.metrics import ServerMetrics
 from jaxserve.telemetry.tracing import RequestSpan
 
-T = TypeVar("T")
-
-LARGE_BODY_BYTES = 8 * 1024
-"""Bodies above this are parsed and tokenised in a thread, so that they do not hold up other requests' tokens: this much
-text takes some two milliseconds."""
-
 _LOG = logging.getLogger(__name__)
 
 
-async def in_thread_if_large(data: bytes, work: Callable[[], T]) -> T:
-    """Runs work on a body here if it is small, in a thread if it is large."""
-    return work() if len(data) <= LARGE_BODY_BYTES else await asyncio.to_thread(work)
+Translate = Callable[[bytes, str], Generation]
+"""Turns the bytes of a body into a generation whose answer has the id given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +55,7 @@ class Service:
         config: The app's settings.
         metrics: Where latencies go.
         tracer: Where spans go; None records nothing.
+        offload: Where large bodies are read.
     """
 
     engine: Engine
@@ -69,28 +64,43 @@ class Service:
     config: AppConfig
     metrics: ServerMetrics
     tracer: Tracer | None
+    offload: Offload
+    chat_bodies: BodyDecoder[ChatBody] = field(default_factory=lambda: body_decoder(ChatBody, CHAT))
+    completion_bodies: BodyDecoder[CompletionBody] = field(
+        default_factory=lambda: body_decoder(CompletionBody, COMPLETIONS)
+    )
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-
-        def translate(data: bytes, response_id: str) -> Generation:
-            body = parse_body(ChatBody, data, CHAT)
-            return self.translator.chat(body, self.engine.info, response_id)
-
-        return await self._generate(request, ChatDialect(), translate)
+        return await self._generate(request, ChatDialect(), self._translate_chat)
 
     async def completion(self, request: Request) -> Response:
         """`POST /v1/completions`."""
+        return await self._generate(request, CompletionDialect(), self._translate_completion)
 
-        def translate(data: bytes, response_id: str) -> Generation:
-            body = parse_body(CompletionBody, data, COMPLETIONS)
-            return self.translator.completion(body, self.engine.info, response_id)
+    async def render_chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions/render`: the prompt's token ids, which routers ask for before they route."""
+        [prompt] = await self._render(request, self._translate_chat)
+        return await token_ids_response(self.offload, [prompt], listed=False)
 
-        return await self._generate(request, CompletionDialect(), translate)
+    async def render_completion(self, request: Request) -> Response:
+        """`POST /v1/completions/render`: each prompt's token ids."""
+        return await token_ids_response(
+            self.offload, await self._render(request, self._translate_completion), listed=True
+        )
 
-    async def _generate(
-        self, request: Request, dialect: Dialect, translate: Callable[[bytes, str], Generation]
-    ) -> Response:
+    async def _render(self, request: Request, translate: Translate) -> list[tuple[int, ...]]:
+        data = await read_body(request)
+        generation = await self.offload.run(len(data), lambda: translate(data, ""))
+        return [each.prompt for each in generation.requests]
+
+    def _translate_chat(self, data: bytes, response_id: str) -> Generation:
+        return self.translator.chat(self.chat_bodies.decode(data), self.engine.info, response_id)
+
+    def _translate_completion(self, data: bytes, response_id: str) -> Generation:
+        return self.translator.completion(self.completion_bodies.decode(data), self.engine.info, response_id)
+
+    async def _generate(self, request: Request, dialect: Dialect, translate: Translate) -> Response:
         span = RequestSpan(
             self.tracer,
             f"{request.method} {request.url.path}",
@@ -112,7 +122,7 @@ class Service:
         self,
         request: Request,
         dialect: Dialect,
-        translate: Callable[[bytes, str], Generation],
+        translate: Translate,
         span: RequestSpan,
     ) -> Response:
         created = int(time.time())
@@ -120,7 +130,7 @@ class Service:
         data = await read_body(request)
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
-            generation = await in_thread_if_large(data, lambda: translate(data, response_id))
+            generation = await self.offload.run(len(data), lambda: translate(data, response_id))
         generation = replace(generation, requests=tuple(map(caller.claim, generation.requests)))
         inflight = InFlight(
             self.engine,
@@ -171,6 +181,7 @@ class Service:
                 "gen_ai.usage.input_tokens": usage.prompt_tokens,
                 "gen_ai.usage.output_tokens": usage.completion_tokens,
                 **{f"jaxserve.{name}": value for name, value in facts.items() if name in ("outcome", "end_user")},
+                **{f"jaxserve.metadata.{name}": value for name, value in generation.metadata.items()},
             }
         )
         span.end()

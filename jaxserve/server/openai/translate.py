@@ -8,14 +8,16 @@ bodies can be translated in a thread.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineInfo
+from jaxserve.sampling.validate import MAX_STOP_IDS
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.conversation import content_text, render_conversation
+from jaxserve.server.openai.limits import check_products, check_prompt_logprobs
 from jaxserve.server.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -52,6 +54,8 @@ class Generation:
         return_token_ids: Show token ids.
         drop_output: Only the prompt was to be scored; what was generated is not shown.
         end_user: Whom the client says it acts for.
+        prompt_cache_key: What the client expects to share prefixes with, for routing.
+        metadata: What the client wants to find the request by.
     """
 
     response_id: str
@@ -68,6 +72,8 @@ class Generation:
     return_token_ids: bool = False
     drop_output: bool = False
     end_user: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Translator:
@@ -102,21 +108,18 @@ class Translator:
             raise InvalidRequestError("max_tokens must be at least 1.", param="max_tokens")
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
-        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-            raise InvalidRequestError(
-                "max_tokens and max_completion_tokens differ; give only max_completion_tokens.", param="max_tokens"
-            )
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = replace(
             self._sampling(body, info),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=_max_tokens(body),
             logprobs=num_logprobs,
         )
         last = body.messages[-1]
         echo = content_text(last) if body.echo and last.role == "assistant" else ""
-        self._check_limits(body, 1, body.n or 1)
+        check_products(body, self._config, num_prompts=1, num_sequences=body.n or 1)
         room = _room(body, info)
         prompt = self._truncated(body, self.chat_prompt(body, room=room), sampling, info)
+        check_prompt_logprobs(sampling, [prompt])
         return self._generation(
             body, response_id, sampling, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
         )
@@ -130,7 +133,7 @@ class Translator:
         """
         self.check_model(body.model)
         num_sequences = self._num_sequences(body)
-        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        max_tokens = _or(_max_tokens(body), DEFAULT_COMPLETION_TOKENS)
         if max_tokens == 0 and not body.echo:
             raise InvalidRequestError("max_tokens 0 needs echo; otherwise give at least 1.", param="max_tokens")
         ranks = num_sequences > (body.n or 1)
@@ -141,9 +144,9 @@ class Translator:
             logprobs=0 if ranks and body.logprobs is None else body.logprobs,
             prompt_logprobs=max(prompt_logprobs, default=None),
         )
-        self._check_limits(body, len(body.prompt), num_sequences)
-        room = _room(body, info)
-        prompts = [self._truncated(body, self._completion_ids(body, p, room), sampling, info) for p in body.prompt]
+        check_products(body, self._config, num_prompts=len(body.prompt), num_sequences=num_sequences)
+        prompts = [self._truncated(body, self._completion_ids(body, p, info), sampling, info) for p in body.prompt]
+        check_prompt_logprobs(sampling, prompts)
         echoes = tuple(self._echo(body, given, ids) for given, ids in zip(body.prompt, prompts, strict=True))
         generation = self._generation(
             body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
@@ -187,11 +190,14 @@ class Translator:
         _check_room(len(token_ids), param, room)
         return token_ids
 
-    def _completion_ids(self, body: CompletionBody, prompt: Prompt, room: int | None) -> list[int]:
+    def _completion_ids(self, body: CompletionBody, prompt: Prompt, info: EngineInfo) -> Sequence[int]:
+        room = _room(body, info)
         if isinstance(prompt, str):
             return self._encode(prompt, "prompt", room, add_special_tokens=_or(body.add_special_tokens, True))
         _check_room(len(prompt), "prompt", room)
-        return list(prompt)
+        if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+            raise InvalidRequestError(f"prompt must be token ids in [0, {info.vocab_size}).", param="prompt")
+        return prompt
 
     def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int]) -> str:
         if not body.echo:
@@ -212,7 +218,7 @@ class Translator:
         return body.best_of
 
     def _truncated(
-        self, body: GenerationBody, token_ids: list[int], sampling: SamplingParams, info: EngineInfo
+        self, body: GenerationBody, token_ids: Sequence[int], sampling: SamplingParams, info: EngineInfo
     ) -> tuple[int, ...]:
         if body.truncate_prompt_tokens is None:
             return tuple(token_ids)
@@ -238,11 +244,11 @@ class Translator:
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
             logit_bias=_logit_bias(body.logit_bias or {}, info),
-            allowed_token_ids=_token_ids(body.allowed_token_ids, "allowed_token_ids", info),
+            allowed_token_ids=_allowed(body, info),
             bad_words=self._bad_words(body.bad_words or ()),
             seed=body.seed,
             stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-            stop_token_ids=_token_ids(body.stop_token_ids, "stop_token_ids", info) or (),
+            stop_token_ids=_token_ids(body.stop_token_ids, "stop_token_ids", info, most=MAX_STOP_IDS) or (),
             ignore_eos=bool(body.ignore_eos),
             include_stop_str_in_output=bool(body.include_stop_str_in_output),
             skip_special_tokens=_or(body.skip_special_tokens, True),
@@ -282,7 +288,6 @@ class Translator:
             )
             for i, prompt in enumerate(prompts)
         )
-        safety_identifier = body.safety_identifier if isinstance(body, ChatBody) else None
         return Generation(
             response_id=response_id,
             model=body.model,
@@ -295,25 +300,26 @@ class Translator:
             logprobs=sampling.logprobs,
             prompt_logprobs=body.prompt_logprobs,
             return_token_ids=bool(body.return_token_ids),
-            end_user=safety_identifier or body.user,
+            end_user=body.safety_identifier or body.user,
+            prompt_cache_key=body.prompt_cache_key,
+            metadata=body.metadata or {},
         )
 
-    def _check_limits(self, body: GenerationBody, num_prompts: int, num_sequences: int) -> None:
-        config = self._config
-        param = "n" if num_sequences == (body.n or 1) else "best_of"
-        if num_sequences > config.max_n:
-            raise InvalidRequestError(f"{param} may be at most {config.max_n}.", param=param)
-        if num_prompts > config.max_prompts:
-            raise InvalidRequestError(f"prompt may hold at most {config.max_prompts} prompts.", param="prompt")
-        if num_prompts * num_sequences > config.max_sequences:
-            raise InvalidRequestError(
-                f"{num_prompts} prompts times {num_sequences} sequences are more than the {config.max_sequences} a "
-                "request may ask for.",
-                param=param,
-            )
+
+def _max_tokens(body: GenerationBody) -> int | None:
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise InvalidRequestError(
+            "max_tokens and max_completion_tokens differ; give only max_completion_tokens.", param="max_tokens"
+        )
+    return _or(body.max_completion_tokens, body.max_tokens)
 
 
 def _stream_options(body: GenerationBody) -> StreamOptions:
+    if body.stream_options is not None and body.stream_options.include_obfuscation:
+        raise InvalidRequestError(
+            "stream_options.include_obfuscation must be false; chunks are not padded.",
+            param="stream_options.include_obfuscation",
+        )
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
     if body.stream and body.prompt_logprobs is not None:
@@ -352,9 +358,17 @@ def _logit_bias(bias: Mapping[str, float], info: EngineInfo) -> dict[int, float]
     return found
 
 
-def _token_ids(token_ids: Sequence[int] | None, param: str, info: EngineInfo) -> tuple[int, ...] | None:
+def _allowed(body: GenerationBody, info: EngineInfo) -> tuple[int, ...] | None:
+    if body.allowed_token_ids == ():
+        raise InvalidRequestError("allowed_token_ids must not be empty.", param="allowed_token_ids")
+    return _token_ids(body.allowed_token_ids, "allowed_token_ids", info, most=info.vocab_size)
+
+
+def _token_ids(token_ids: Sequence[int] | None, param: str, info: EngineInfo, *, most: int) -> tuple[int, ...] | None:
     if token_ids is None:
         return None
+    if len(token_ids) > most:
+        raise InvalidRequestError(f"{param} may hold at most {most} token ids.", param=param)
     if any(token_id >= info.vocab_size for token_id in token_ids):
         raise InvalidRequestError(f"{param} must be token ids in [0, {info.vocab_size}).", param=param)
     return tuple(dict.fromkeys(token_ids))

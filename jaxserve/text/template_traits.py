@@ -6,7 +6,7 @@ form that the template does show, or refuses them:
 
     developer          becomes system if the template drops or refuses developer and shows system
     a dropped role     is refused (developer, system, a second or later system, tool)
-    tool_calls         are refused if neither the function's name nor its arguments are shown
+    tool_calls         are refused if their arguments are not shown (of the names, some templates show only the id)
     name               is refused if it is not shown and tells speakers of one role apart; alone it is decoration
     tools, documents   are refused if they are not shown
 
@@ -27,8 +27,9 @@ Render = Callable[[list[Message]], str | None]
 """Renders a conversation; None if the template raises."""
 
 _SYSTEM, _SECOND, _DEVELOPER, _NAME = "qsystemq", "qsecondq", "qdeveloperq", "qnameq"
-_FUNCTION, _ARGUMENT, _RESULT, _OFFER, _DOCUMENT = "qfunctionq", "qargumentq", "qresultq", "qofferq", "qdocumentq"
-_USER: Message = {"role": "user", "content": "quserq"}
+_ARGUMENT, _RESULT, _OFFER, _DOCUMENT = "qargumentq", "qresultq", "qofferq", "qdocumentq"
+_USER_MARK = "quserq"
+_USER: Message = {"role": "user", "content": _USER_MARK}
 _ASSISTANT: Message = {"role": "assistant", "content": "qassistantq"}
 
 PROBE_TOOLS = [
@@ -172,8 +173,10 @@ def _dropped(param: str, what: str, why: str = "") -> InvalidRequestError:
 
 
 def _drops(text: str | None, *marks: str) -> bool | None:
-    """Whether a text lacks a mark; templates may change its case."""
-    return None if text is None else not all(mark in text.lower() for mark in marks)
+    """Whether a text lacks a mark; None if there is no text, or not even the user's. Templates may change the case."""
+    if text is None or _USER_MARK not in text.lower():
+        return None
+    return not all(mark in text.lower() for mark in marks)
 
 
 def _worst(*found: bool | None) -> bool | None:
@@ -188,14 +191,14 @@ def _probe_tool_calls(render: Render) -> tuple[bool | None, bool | None, bool]:
         for rest in ([result, _ASSISTANT, _USER], [result], [_ASSISTANT, _USER], [_USER]):
             text = render([_USER, caller, *rest])
             if text is not None:
-                shown = _drops(text, _FUNCTION, _ARGUMENT)
+                shown = _drops(text, _ARGUMENT)
                 return shown, _drops(text, _RESULT) if result in rest else None, wants_text and shown is False
     return None, None, False
 
 
 def _caller(content: str, *, wants_text: bool) -> Message:
     arguments = {"p": _ARGUMENT}
-    function = {"name": _FUNCTION, "arguments": json.dumps(arguments) if wants_text else arguments}
+    function = {"name": _OFFER, "arguments": json.dumps(arguments) if wants_text else arguments}
     return {
         "role": "assistant",
         "content": content,

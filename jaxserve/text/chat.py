@@ -73,7 +73,7 @@ class ChatTemplate:
             try:
                 self._pool.compile(source, timeout_s=self._timeout_s)
             except TemplateFailedError as failure:
-                raise _invalid(failure) from failure
+                raise InvalidRequestError(_not_valid(failure)) from failure
         self._traits_with(tools=False, documents=False)
 
     def close(self) -> None:
@@ -192,7 +192,8 @@ class ChatTemplate:
 def _failed(failure: TemplateFailedError) -> InvalidRequestError:
     match failure.kind:
         case Failure.INVALID:
-            return _invalid(failure)
+            what = "Use /v1/completions, or serve the model with another --chat-template."
+            return InvalidRequestError(f"{_not_valid(failure)} {what}", param="messages")
         case Failure.FORBIDDEN:
             what = "The chat template does something it may not do"
         case Failure.EXCEEDED:
@@ -202,12 +203,8 @@ def _failed(failure: TemplateFailedError) -> InvalidRequestError:
     return InvalidRequestError(f"{what}: {_sentence(failure.reason)}", param="messages")
 
 
-def _invalid(failure: TemplateFailedError) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"The chat template is not valid Jinja: {_sentence(failure.reason)} Use /v1/completions, or serve the model "
-        "with another --chat-template.",
-        param="messages",
-    )
+def _not_valid(failure: TemplateFailedError) -> str:
+    return f"The chat template is not valid Jinja: {_sentence(failure.reason)}"
 
 
 def _sentence(text: str) -> str:

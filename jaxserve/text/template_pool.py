@@ -42,6 +42,10 @@ from jaxserve.text.template_worker import (
     RENDER,
 )
 
+LARGE_BYTES = 64 * 1024
+"""Conversations above this may hold at most half of the processes: they are the ones that can take long, and short ones
+must not wait for them."""
+
 START_S = 60.0
 """Longest a worker may take to start; it takes 0.1 s where the machine is not overloaded."""
 
@@ -89,6 +93,8 @@ class TemplatePool:
     def __init__(self, *, max_workers: int = 4, patience_s: float = 10.0) -> None:
         self._max_workers = max_workers
         self._patience_s = patience_s
+        self._max_large = max(1, max_workers // 2)
+        self._num_large = 0
         self._changed = threading.Condition()
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
@@ -136,7 +142,8 @@ class TemplatePool:
             self._changed.notify_all()
 
     def _ask(self, source: str, data: bytes | None, timeout_s: float) -> str:
-        worker = self._take()
+        is_large = data is not None and len(data) > LARGE_BYTES
+        worker = self._take(is_large=is_large)
         try:
             worker.begin()
             worker.compile(source, timeout_s)
@@ -144,42 +151,49 @@ class TemplatePool:
         except EOFError as error:
             raise self._death_of(worker) from error
         finally:
-            self._give_back(worker)
+            self._give_back(worker, is_large=is_large)
 
-    def _take(self) -> _Worker:
+    def _take(self, *, is_large: bool) -> _Worker:
         deadline = time.monotonic() + self._patience_s
         with self._changed:
             while True:
                 if self._closed:
                     raise UnavailableError("The server is shutting down; its chat template renders no more.")
-                if self._idle:
-                    worker = self._idle.pop()
-                    if worker.has_ended:
-                        # Somebody else killed it, the kernel for example.
-                        worker.end()
-                        self._workers.discard(worker)
-                        continue
-                    return worker
-                if len(self._workers) < self._max_workers:
-                    worker = _Worker()
-                    self._workers.add(worker)
+                if not (is_large and self._num_large >= self._max_large) and (worker := self._free_worker()):
+                    self._num_large += is_large
                     return worker
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise UnavailableError(
-                        f"All {self._max_workers} processes that render chat templates have been busy for "
-                        f"{self._patience_s:g} s; try again later."
+                        f"All processes that render chat templates have been busy for {self._patience_s:g} s; try "
+                        "again later."
                     )
                 self._changed.wait(left)
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _free_worker(self) -> _Worker | None:
+        """A worker that is idle, or a new one if there may be more."""
+        while self._idle:
+            worker = self._idle.pop()
+            if not worker.has_ended:
+                return worker
+            # Somebody else killed it, the kernel for example.
+            worker.end()
+            self._workers.discard(worker)
+        if len(self._workers) == self._max_workers:
+            return None
+        worker = _Worker()
+        self._workers.add(worker)
+        return worker
+
+    def _give_back(self, worker: _Worker, *, is_large: bool) -> None:
         with self._changed:
+            self._num_large -= is_large
             if worker.is_lost or self._closed:
                 worker.end()
                 self._workers.discard(worker)
             else:
                 self._idle.append(worker)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _death_of(self, worker: _Worker) -> Exception:
         """What to raise for a worker that closed its end."""

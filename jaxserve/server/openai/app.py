@@ -24,6 +24,7 @@ from jaxserve.engine.api import Engine
 from jaxserve.server.openai.body import parse_body, read_body
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
+from jaxserve.server.openai.lanes import ChatLanes
 from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
@@ -59,8 +60,16 @@ def create_app(
     metrics = ServerMetrics(registry or CollectorRegistry(), config.served_model_names[0])
     metrics.observe_engine(lambda: _load(engine))
     translator = Translator(tokenizer, chat_template, config)
-    service = Service(engine=engine, translator=translator, config=config, metrics=metrics, tracer=tracer)
-    facts = _Facts(engine=engine, translator=translator, config=config, metrics=metrics, created=int(time.time()))
+    chats = ChatLanes()
+    service = Service(engine=engine, translator=translator, config=config, metrics=metrics, tracer=tracer, chats=chats)
+    facts = _Facts(
+        engine=engine,
+        translator=translator,
+        config=config,
+        metrics=metrics,
+        chats=chats,
+        created=int(time.time()),
+    )
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
@@ -94,6 +103,7 @@ class _Facts:
     translator: Translator
     config: AppConfig
     metrics: ServerMetrics
+    chats: ChatLanes
     created: int
 
     async def models(self, request: Request) -> Response:
@@ -110,12 +120,12 @@ class _Facts:
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
         data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._tokenize(data)))
+        return JSONResponse(await self.chats.run(len(data), lambda: self._tokenize(data)))
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`."""
         data = await read_body(request)
-        return JSONResponse(await in_thread_if_large(data, lambda: self._detokenize(data)))
+        return JSONResponse(await in_thread_if_large(len(data), lambda: self._detokenize(data)))
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: whether the process is worth keeping."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from jaxserve.server.openai.body import parse_body, read_body
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
+from jaxserve.server.openai.lanes import ChatLanes
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
 from jaxserve.server.openai.responses import EventStream, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
@@ -41,12 +42,15 @@ LARGE_BODY_BYTES = 8 * 1024
 """Bodies above this are parsed and tokenised in a thread, so that they do not hold up other requests' tokens: this much
 text takes some two milliseconds."""
 
+Run = Callable[[int, Callable[[], Generation]], Awaitable[Generation]]
+"""Runs work on a body of so many bytes, on the event loop or beside it."""
+
 _LOG = logging.getLogger(__name__)
 
 
-async def in_thread_if_large(data: bytes, work: Callable[[], T]) -> T:
+async def in_thread_if_large(num_bytes: int, work: Callable[[], T]) -> T:
     """Runs work on a body here if it is small, in a thread if it is large."""
-    return work() if len(data) <= LARGE_BODY_BYTES else await asyncio.to_thread(work)
+    return work() if num_bytes <= LARGE_BODY_BYTES else await asyncio.to_thread(work)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +63,7 @@ class Service:
         config: The app's settings.
         metrics: Where latencies go.
         tracer: Where spans go; None records nothing.
+        chats: Where chats are translated.
     """
 
     engine: Engine
@@ -66,6 +71,7 @@ class Service:
     config: AppConfig
     metrics: ServerMetrics
     tracer: Tracer | None
+    chats: ChatLanes
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -74,7 +80,7 @@ class Service:
             body = parse_body(ChatBody, data, CHAT)
             return self.translator.chat(body, self.engine.info, response_id)
 
-        return await self._generate(request, ChatDialect(), translate)
+        return await self._generate(request, ChatDialect(), self.chats.run, translate)
 
     async def completion(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -83,10 +89,10 @@ class Service:
             body = parse_body(CompletionBody, data, COMPLETIONS)
             return self.translator.completion(body, self.engine.info, response_id)
 
-        return await self._generate(request, CompletionDialect(), translate)
+        return await self._generate(request, CompletionDialect(), in_thread_if_large, translate)
 
     async def _generate(
-        self, request: Request, dialect: Dialect, translate: Callable[[bytes, str], Generation]
+        self, request: Request, dialect: Dialect, run: Run, translate: Callable[[bytes, str], Generation]
     ) -> Response:
         span = RequestSpan(
             self.tracer,
@@ -95,7 +101,7 @@ class Service:
             request_id=REQUEST_ID.get(),
         )
         try:
-            return await self._answer(request, dialect, translate, span)
+            return await self._answer(request, dialect, run, translate, span)
         except JaxserveError as error:
             span.fail(error.message)
             span.end()
@@ -109,6 +115,7 @@ class Service:
         self,
         request: Request,
         dialect: Dialect,
+        run: Run,
         translate: Callable[[bytes, str], Generation],
         span: RequestSpan,
     ) -> Response:
@@ -116,7 +123,7 @@ class Service:
         data = await read_body(request)
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
-            generation = await in_thread_if_large(data, lambda: translate(data, response_id))
+            generation = await run(len(data), lambda: translate(data, response_id))
         inflight = InFlight(
             self.engine,
             generation,

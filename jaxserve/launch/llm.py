@@ -157,6 +157,7 @@ class LLM:
         """
         if self.chat_template is None:
             raise InvalidRequestError("This model has no chat template; use generate with a prompt.", param="messages")
+        self._require_open()
         conversations = _conversations(messages)
         params = _one_each(sampling_params, len(conversations))
         texts = [
@@ -185,10 +186,13 @@ class LLM:
     def _run(
         self, texts: Sequence[str | None], requests: Sequence[Request], *, progress: bool
     ) -> list[GenerationOutput]:
-        if not self._finalizer.alive:
-            raise UnavailableError("The LLM is closed; make a new one.")
+        self._require_open()
         with ProgressDisplay(shown=progress) as display:
             return self._wait(generate_all(self.engine, self.tokenizer, texts, requests, display))
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise UnavailableError("The LLM is closed; make a new one.")
 
     def _wait(self, work: Coroutine[None, None, _Result]) -> _Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -50,6 +50,7 @@ START_S = 60.0
 """Longest a worker may take to start; it takes 0.1 s where the machine is not overloaded."""
 
 _LOG = logging.getLogger(__name__)
+_CLOSED = "The chat template is closed, for the server is shutting down or the LLM has been closed."
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxserve.text.template_worker import main; main()"
 )
@@ -158,7 +159,7 @@ class TemplatePool:
         with self._changed:
             while True:
                 if self._closed:
-                    raise UnavailableError("The server is shutting down; its chat template renders no more.")
+                    raise UnavailableError(_CLOSED)
                 if not (is_large and self._num_large >= self._max_large) and (worker := self._free_worker()):
                     self._num_large += is_large
                     return worker
@@ -199,7 +200,7 @@ class TemplatePool:
         """What to raise for a worker that closed its end."""
         code, last_words = worker.end()
         if self._closed:
-            return UnavailableError("The server is shutting down; its chat template renders no more.")
+            return UnavailableError(_CLOSED)
         if not worker.has_begun:
             return UnavailableError(
                 f"The process that renders chat templates did not start (exit code {code}): {last_words or 'no reason'}"

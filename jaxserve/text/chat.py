@@ -8,6 +8,7 @@ transformers, with one difference: what the template would drop without a word i
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +25,7 @@ from jaxserve.text.template_traits import (
 )
 from jaxserve.text.template_worker import ENCODING
 
+_LOG = logging.getLogger(__name__)
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 # Ends in a space so that it shows whether the template strips the end of a message.
@@ -183,10 +185,17 @@ class ChatTemplate:
                 return self._pool.render(source, data, timeout_s=self._timeout_s)
             except TemplateFailedError as failure:
                 if failure.kind in (Failure.INVALID, Failure.EXCEEDED):
-                    raise _failed(failure) from failure
+                    raise
                 return None
 
-        return probe(render)
+        try:
+            return probe(render)
+        except TemplateFailedError as failure:
+            if failure.kind is Failure.INVALID:
+                raise _failed(failure) from failure
+            # A template that hangs on some conversations may do for others, and each attempt costs a process.
+            _LOG.warning("what the chat template drops is not known: trying it out, %s", failure.reason)
+            return TemplateTraits()
 
 
 def _failed(failure: TemplateFailedError) -> InvalidRequestError:

@@ -174,6 +174,14 @@ def test_a_template_that_shows_nothing_recognisable_is_left_alone() -> None:
     assert template.render([SYSTEM, USER, calling(), RESULT]) == "1 1 0 10 "
 
 
+def test_a_template_that_hangs_on_a_probe_is_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    hangs = "{% for m in messages if m.role == 'system' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    template = ChatTemplate(f"{hangs}{{% endfor %}}{{% endfor %}}{{% endfor %}}{GENERIC}", {}, pool=POOL, timeout_s=0.3)
+    assert template.render([USER]) == template.render([USER]) == "<user>u"
+    [record] = caplog.records
+    assert record.message == "what the chat template drops is not known: trying it out, it takes longer than 0.3 s"
+
+
 def test_a_template_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     template = make(QWEN)
     template.check()

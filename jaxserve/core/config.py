@@ -107,6 +107,9 @@ class ServeConfig:
         None, integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
     )
     max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
+    chat_template: Path | None = declare(
+        None, Path, "file with the Jinja chat template to use (none: the model's own)", none="none"
+    )
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
     trusted_proxies: tuple[str, ...] = declare(

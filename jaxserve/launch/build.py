@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 import jax
@@ -20,7 +21,7 @@ from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
-from jaxserve.core.errors import ConfigError
+from jaxserve.core.errors import ConfigError, JaxserveError
 from jaxserve.core.resolution import Facts, ResolvedConfig, auto_dtype, resolve
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
@@ -47,6 +48,7 @@ from jaxserve.sampling.validate import SamplingLimits
 from jaxserve.sharding.mesh import TENSOR, make_mesh
 from jaxserve.sharding.rules import kv_repeat
 from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.template_file import read_template
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -91,16 +93,32 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         source=source,
         spec=load_spec(source),
         tokenizer=tokenizer,
-        chat_template=_chat_template(tokenizer),
+        chat_template=_chat_template(config, tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,
     )
 
 
-def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The model's; a model that has one for tools only has it for everything."""
+def _chat_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The one in the file that was given, or the model's; a model that has one for tools only has it for everything.
+
+    Raises:
+        ConfigError: The file that was given cannot be read or holds no valid template.
+    """
+    if config.chat_template is not None:
+        return _given_template(config.chat_template, tokenizer)
     default, tools = tokenizer.chat_template, tokenizer.tool_chat_template
     source = tools if default is None else default
     return None if source is None else ChatTemplate(source, tokenizer.special_tokens, tool_source=tools)
+
+
+def _given_template(file: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    template = ChatTemplate(read_template(file), tokenizer.special_tokens)
+    try:
+        template.check()
+    except JaxserveError as error:
+        template.close()
+        raise ConfigError(f"{error.message} It is in --chat-template {file}.", param="chat_template") from error
+    return template
 
 
 def require_attention(config: ServeConfig, platform: str) -> None:

@@ -56,7 +56,7 @@ class LLM:
         with ProgressDisplay() as display:
             found = find_model(config, display)
             engine = build_engine(config, found, progress=display)
-        self._attach(engine, found.tokenizer, found.chat_template)
+        self._attach(engine, found.tokenizer, found.chat_template, owned=found.chat_template)
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> Self:
@@ -65,13 +65,15 @@ class LLM:
         Args:
             engine: Runs the requests.
             tokenizer: Turns prompts into tokens and tokens into text.
-            chat_template: For `chat`.
+            chat_template: For `chat`; not closed with the LLM.
         """
         llm = cls.__new__(cls)
-        llm._attach(engine, tokenizer, chat_template)
+        llm._attach(engine, tokenizer, chat_template, owned=None)
         return llm
 
-    def _attach(self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def _attach(
+        self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate | None, *, owned: ChatTemplate | None
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -79,7 +81,7 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxserve-llm", daemon=True)
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _shut_down, engine, self._loop, self._thread)
+        self._finalizer = weakref.finalize(self, _shut_down, engine, self._loop, self._thread, owned)
 
     def __enter__(self) -> Self:
         """The LLM itself."""
@@ -92,7 +94,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Frees the engine, its device memory and the thread. Idempotent."""
+        """Frees the engine, its device memory, the thread and the template's processes. Idempotent."""
         self._finalizer()
 
     def generate(
@@ -156,6 +158,7 @@ class LLM:
         """
         if self.chat_template is None:
             raise InvalidRequestError("This model has no chat template; use generate with a prompt.", param="messages")
+        self._require_open()
         conversations = _conversations(messages)
         params = _one_each(sampling_params, len(conversations))
         texts = [
@@ -184,10 +187,13 @@ class LLM:
     def _run(
         self, texts: Sequence[str | None], requests: Sequence[Request], *, progress: bool
     ) -> list[GenerationOutput]:
-        if not self._finalizer.alive:
-            raise UnavailableError("The LLM is closed; make a new one.")
+        self._require_open()
         with ProgressDisplay(shown=progress) as display:
             return self._wait(generate_all(self.engine, self.tokenizer, texts, requests, display))
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise UnavailableError("The LLM is closed; make a new one.")
 
     def _wait(self, work: Coroutine[None, None, _Result]) -> _Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -209,7 +215,11 @@ def _config(model: str, settings: Mapping[str, Any]) -> ServeConfig:
     return replace(config, **{name: value for name, value in settings.items() if name not in texts})
 
 
-def _shut_down(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _shut_down(
+    engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread, template: ChatTemplate | None
+) -> None:
+    if template is not None:
+        template.close()
     asyncio.run_coroutine_threadsafe(_close(engine), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

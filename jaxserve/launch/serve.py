@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
 from jaxserve.core.config import ServeConfig
+from jaxserve.core.errors import JaxserveError
 from jaxserve.launch.build import Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
 from jaxserve.server.lifecycle import serve_app
@@ -15,6 +20,9 @@ from jaxserve.server.openai.config import AppConfig, CallerPolicy
 from jaxserve.server.openai.slot import EngineSlot
 from jaxserve.telemetry.metrics import EngineMetrics
 from jaxserve.telemetry.tracing import exporting_tracer
+from jaxserve.text.chat import ChatTemplate
+
+_LOG = logging.getLogger(__name__)
 
 
 def run(config: ServeConfig, progress: Progress | None = None) -> None:
@@ -58,15 +66,42 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     )
 
     def start() -> None:
-        engine = build_engine(config, model, observer=metrics, progress=progress)
+        with _checking(model.chat_template):
+            engine = build_engine(config, model, observer=metrics, progress=progress)
         settle_heap()
         slot.fill(engine)
 
-    serve_app(
-        app,
-        slot,
-        host=config.host,
-        port=config.port,
-        drain_deadline_s=config.drain_deadline_s,
-        start=start,
-    )
+    try:
+        serve_app(
+            app,
+            slot,
+            host=config.host,
+            port=config.port,
+            drain_deadline_s=config.drain_deadline_s,
+            start=start,
+        )
+    finally:
+        if model.chat_template is not None:
+            model.chat_template.close()
+
+
+@contextmanager
+def _checking(template: ChatTemplate | None) -> Iterator[None]:
+    """Gets the template ready beside what is done here, so that the first chat need not wait for it.
+
+    A model whose template is not valid is served: only its chats are refused, with the reason.
+    """
+
+    def check() -> None:
+        assert template is not None
+        try:
+            template.check()
+        except JaxserveError as error:
+            _LOG.warning("chats will be refused: %s", error.message)
+
+    checker = threading.Thread(target=check, name="jaxserve-chat-template", daemon=True)
+    if template is not None:
+        checker.start()
+    yield
+    if template is not None:
+        checker.join()

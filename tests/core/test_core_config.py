@@ -69,6 +69,7 @@ class TestLoad:
             "log_level": ("debug", "debug"),
             "log_format": ("json", "json"),
             "otlp_endpoint": ("http://c:4317", "http://c:4317"),
+            "chat_template": ("t.jinja", Path("t.jinja")),
         }
         parser = argparse.ArgumentParser()
         add_arguments(parser)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,3 +211,24 @@ def test_names_of_the_package_are_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         jaxserve.__getattr__("Nothing")
+
+
+def test_close_ends_the_processes_of_the_models_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was passed in stays open, for others may use it."""
+    from jaxserve.launch import build, platform
+
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    found = SimpleNamespace(tokenizer=TOKENIZER, chat_template=template)
+    monkeypatch.setattr(platform, "settle_platform", lambda: None)
+    monkeypatch.setattr(build, "find_model", lambda *given: found)
+    monkeypatch.setattr(build, "build_engine", lambda *given, **named: fake_engine())
+    message = {"role": "user", "content": "the"}
+    with LLM("any") as llm:
+        assert llm.chat([message], GREEDY, progress=False)[0].prompt == "the"
+    with pytest.raises(UnavailableError, match="The LLM is closed"):
+        llm.chat([message], GREEDY, progress=False)
+    with pytest.raises(UnavailableError, match="template is closed"):
+        template.render([message])
+    with LLM.from_engine(fake_engine(), TOKENIZER, TEMPLATE):
+        pass
+    assert TEMPLATE.render([message]) == "<user>the"

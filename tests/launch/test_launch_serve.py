@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from server_harness import make_engine
 
 from jaxserve.core.config import ServeConfig, load
+from jaxserve.core.errors import ConfigError, InvalidRequestError, UnavailableError
 from jaxserve.engine.api import Engine
 from jaxserve.launch import serve
 from jaxserve.launch.build import find_model
 from jaxserve.server.openai.config import AppConfig
+from jaxserve.text.chat import ChatTemplate
 
 TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
 CONFIG = ServeConfig(model="random:smollm2-135m")
@@ -27,11 +30,13 @@ class Wired:
 
     Attributes:
         app: Settings of the app.
+        template: Its chat template.
         engine: What was to be drained and closed.
         start: Makes the engine.
     """
 
     app: list[AppConfig] = field(default_factory=list)
+    template: list[ChatTemplate] = field(default_factory=list)
     engine: list[Engine] = field(default_factory=list)
     start: list[Callable[[], None]] = field(default_factory=list)
 
@@ -40,8 +45,11 @@ class Wired:
 def wired(monkeypatch: pytest.MonkeyPatch) -> Wired:
     wired = Wired()
 
-    def create_app(slot: Engine, tokenizer: object, template: object, config: AppConfig, **given: object) -> object:
+    def create_app(
+        slot: Engine, tokenizer: object, template: ChatTemplate, config: AppConfig, **given: object
+    ) -> object:
         wired.app.append(config)
+        wired.template.append(template)
         return object()
 
     def serve_app(app: object, engine: Engine, *, start: Callable[[], None], **given: object) -> None:
@@ -95,3 +103,98 @@ def test_template_for_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert template.render(messages) == "<|im_start|>Hi"
     assert template.render(messages, tools=tools) == "tools:1"
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def given_templates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Makes the model's tokenizer have certain templates."""
+    from jaxserve.launch import build
+    from jaxserve.text.tokenizer import tokenizer_from_folder
+
+    def give(templates: dict[str, str]) -> None:
+        tokenizer = tokenizer_from_folder(TEXT_DATA / "llama3_folder", eos_token_ids=(2,))
+        tokenizer = type(tokenizer)(tokenizer.backend, replace(tokenizer.facts, chat_templates=templates))
+        monkeypatch.setattr(build, "load_tokenizer", lambda source: tokenizer)
+
+    return give
+
+
+@pytest.mark.usefixtures("thawed")
+@pytest.mark.parametrize("source", ["{% if %}", "{{ messages[0].content }}"])
+def test_the_template_is_checked_beside_the_engines_start(
+    wired: Wired,
+    given_templates: Callable[[dict[str, str]], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
+    """One warning about a template that is not valid, and the server starts; at its end no process is left."""
+    found: list[object] = []
+
+    def serve_app(app: object, slot: Engine, *, start: Callable[[], None], **given: object) -> None:
+        start()
+        found.append(slot.health().ready)
+        [template] = wired.template
+        try:
+            found.append(template.render(MESSAGES))
+        except InvalidRequestError as error:
+            found.append(error.message)
+
+    monkeypatch.setattr(serve, "serve_app", serve_app)
+    given_templates({"default": source})
+    serve.run(CONFIG)
+    is_valid = source != "{% if %}"
+    assert found[0] is True
+    assert str(found[1]).startswith("Hi" if is_valid else "The chat template is not valid Jinja: ")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == (
+        []
+        if is_valid
+        else [
+            "chats will be refused: The chat template is not valid Jinja: Expected an expression, got 'end of "
+            "statement block'."
+        ]
+    )
+    with pytest.raises(UnavailableError, match="is closed"):
+        wired.template[0].render(MESSAGES)
+
+
+def test_a_given_template_wins(given_templates: Callable[[dict[str, str]], None], tmp_path: Path) -> None:
+    given_templates({"default": "model's", "tool_use": "model's for tools"})
+    file = tmp_path / "mine.jinja"
+    file.write_text("mine é {{ messages[0].content }} {{ tools }}", encoding="utf-8")
+    template = find_model(load({"model": CONFIG.model, "chat_template": str(file)}, environ={})).chat_template
+    assert template is not None
+    assert template.render(MESSAGES) == "mine é Hi None"
+    assert template.render(MESSAGES, tools=[{"name": "f"}]) == "mine é Hi [{'name': 'f'}]"
+    template.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"\xff{{ x }}", "is not UTF-8"),
+        (b"x" * ((1 << 20) + 1), "is larger than 1 MiB"),
+        ("folder", "is not a file"),
+        ("pipe", "is not a file"),
+        (b"{% if %}", "The chat template is not valid Jinja: Expected an expression"),
+    ],
+)
+def test_a_given_template_that_cannot_be_used_ends_the_start(
+    tmp_path: Path, content: bytes | str | None, problem: str
+) -> None:
+    file = tmp_path / "mine.jinja"
+    if content == "folder":
+        file.mkdir()
+    elif content == "pipe":
+        os.mkfifo(file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        find_model(replace(CONFIG, chat_template=file))
+    assert caught.value.param == "chat_template"
+    assert str(file) in caught.value.message

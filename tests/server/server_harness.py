@@ -67,6 +67,9 @@ INFO = EngineInfo(
     eos_token_ids=(EOS,),
     max_num_seqs=64,
 )
+CHAT_TEMPLATE = ChatTemplate(TEMPLATE, TOKENIZER.special_tokens)
+"""Shared by all tests, for it starts a process."""
+
 CONFIG = AppConfig(served_model_names=("fake", "alias"), version="1.2.3", max_body_bytes=1 << 20)
 
 
@@ -80,7 +83,7 @@ def make_engine(**behaviour: Any) -> FakeEngine:
 
 
 def make_app(engine: Engine, config: AppConfig = CONFIG, **others: Any) -> FastAPI:
-    return create_app(engine, TOKENIZER, ChatTemplate(TEMPLATE, TOKENIZER.special_tokens), config, **others)
+    return create_app(engine, TOKENIZER, CHAT_TEMPLATE, config, **others)
 
 
 @asynccontextmanager

@@ -306,7 +306,8 @@ class TestErrors:
             assert error == response.json()
 
     async def test_queue_full(self) -> None:
-        engine = FakeEngine(replace(INFO, max_num_seqs=1), behaviour=FakeBehaviour(max_num_waiting=2))
+        behaviour = FakeBehaviour(max_num_waiting=2, step_delay_s=0.05)
+        engine = FakeEngine(replace(INFO, max_num_seqs=1), behaviour=behaviour)
         async with client_of(make_app(engine)) as client:
             sampling = SamplingParams(ignore_eos=True)
             engine.stream(Request(request_id="other", prompt=(5,), sampling=sampling))

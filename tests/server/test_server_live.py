@@ -250,7 +250,7 @@ class TestDrain:
 PROCESS = """
 import sys, threading, time
 sys.path.insert(0, {folder!r})
-from server_harness import make_app, make_engine
+from server_harness import CHAT_TEMPLATE, make_app, make_engine
 from jaxserve.server.lifecycle import serve_app
 from jaxserve.server.openai.slot import EngineSlot
 from jaxserve.telemetry.logging import install
@@ -261,6 +261,7 @@ go = threading.Event()
 
 def start():
     {start}
+    CHAT_TEMPLATE.check()
     slot.fill(make_engine(step_delay_s=0.02))
 
 serve_app(make_app(slot), slot, host="127.0.0.1", port={port}, drain_deadline_s=5.0, start=start)

@@ -6,11 +6,10 @@ import threading
 from typing import Any
 
 import pytest
-from server_harness import CHAT, COMPLETIONS, CONFIG, INFO, TEMPLATE, chat, client_of, completion, make_engine
+from server_harness import CHAT, CHAT_TEMPLATE, COMPLETIONS, CONFIG, INFO, chat, client_of, completion, make_engine
 from server_harness import TOKENIZER as PLAIN
 
 from jaxserve.server.openai.app import create_app
-from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import BackendTokenizer
 
 LONGEST_TOKEN = len("<|assistant|>")
@@ -32,7 +31,7 @@ class Watched(BackendTokenizer):
 async def answer(route: str, body: Any) -> tuple[int, Any, Watched]:
     tokenizer = Watched()
     engine = make_engine()
-    app = create_app(engine, tokenizer, ChatTemplate(TEMPLATE, tokenizer.special_tokens), CONFIG)
+    app = create_app(engine, tokenizer, CHAT_TEMPLATE, CONFIG)
     async with client_of(app) as client:
         response = await client.post(route, json=body)
     await engine.close()

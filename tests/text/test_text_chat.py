@@ -1,7 +1,8 @@
-"""Chat templates: equal to transformers, safe, bounded, and one sentence when they fail."""
+"""Chat templates: equal to transformers, safe, and one sentence when they fail."""
 
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,55 @@ import pytest
 
 from jaxserve.core.errors import InvalidRequestError
 from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.template_pool import TemplatePool
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "chat_cases.json").read_text(encoding="utf-8"))
 GOLDENS = json.loads((DATA / "text_goldens.json").read_text(encoding="utf-8"))
 HI = [{"role": "user", "content": "hi"}]
+NESTED: list[Any] = []
+for _ in range(5000):
+    NESTED = [NESTED]
+POOL = TemplatePool()
+"""Shared, for each of its processes takes 0.1 s to start."""
+
+
+def make(source: str, **options: Any) -> ChatTemplate:
+    return ChatTemplate(source, GOLDENS["special_tokens"], pool=POOL, **options)
 
 
 def render(source: str, messages: list[dict[str, Any]] = HI, **kwargs: Any) -> str:
-    return ChatTemplate(source, GOLDENS["special_tokens"], timeout_s=0.5).render(messages, **kwargs)
+    return make(source, refuse_dropped=False).render(messages, **kwargs)
 
 
 @pytest.mark.parametrize(
     "case", GOLDENS["chats"], ids=lambda case: f"{case['template']}-{case['conversation']}-{case['options']}"
 )
 def test_texts_equal_transformers(case: Mapping[str, Any]) -> None:
-    template = ChatTemplate(CASES["templates"][case["template"]], GOLDENS["special_tokens"])
+    template = make(CASES["templates"][case["template"]], refuse_dropped=False)
     messages, options = CASES["conversations"][case["conversation"]], CASES["options"][case["options"]]
     if case["text"] is None:
         with pytest.raises(InvalidRequestError):
             template.render(messages, **options)
     else:
         assert template.render(messages, **options) == case["text"]
+
+
+LOST = {"tools": '"weather"', "documents": "x < y", "messages.1.tool_calls": "Paris"}
+"""What is missing in the text when a parameter is refused."""
+
+
+@pytest.mark.parametrize("name", CASES["templates"])
+def test_texts_equal_transformers_or_something_would_be_lost(name: str) -> None:
+    template = make(CASES["templates"][name])
+    for case in [case for case in GOLDENS["chats"] if case["template"] == name and case["text"] is not None]:
+        messages, options = CASES["conversations"][case["conversation"]], CASES["options"][case["options"]]
+        text, refused = "", ""
+        try:
+            text = template.render(messages, **options)
+        except InvalidRequestError as error:
+            refused = error.param or ""
+        assert LOST[refused] not in case["text"] if refused else text == case["text"]
 
 
 def test_inputs_are_not_changed() -> None:
@@ -42,9 +70,19 @@ def test_inputs_are_not_changed() -> None:
 
 
 def test_tool_template_is_used_with_tools() -> None:
-    template = ChatTemplate("plain", {}, tool_source="{{ tools[0].name }}")
+    template = make("plain", tool_source="{{ tools[0].name }}")
     assert template.render(HI) == "plain"
     assert template.render(HI, tools=[{"name": "f"}]) == "f"
+
+
+def test_values_that_are_not_of_plain_json() -> None:
+    """What Python programs pass; transformers shows the same."""
+    source = "{% for k, v in x.items() %}{{ k }}={{ v }};{% endfor %}"
+    values = OrderedDict(
+        big=10**30, half=0.5, nan=float("nan"), less=-float("inf"), pair=(1, "\ud800"), yes=True, no=None
+    )
+    assert render(source, x=values) == f"big={10**30};half=0.5;nan=nan;less=-inf;pair=[1, '\\ud800'];yes=True;no=None;"
+    assert render("{{ x }}", x='\ud800é\n"') == '\ud800é\n"'
 
 
 def test_kwargs_win_over_special_tokens() -> None:
@@ -57,8 +95,31 @@ def test_strftime_now() -> None:
 
 
 def test_one_template_renders_again_and_again() -> None:
-    template = ChatTemplate(CASES["templates"]["blocks"], {})
+    template = make(CASES["templates"]["blocks"])
     assert template.render(HI) == template.render(HI)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 256 | tojson }}", "256"),
+        ("{{ [100000, 1] | tojson }}", "[100000, 1]"),
+        ("{{ {'max': 99999999} | tojson(indent=4) }}", '{\n    "max": 99999999\n}'),
+        ("{{ 10**8 }} {{ 2 ** -40000 }}", "100000000 0.0"),
+        ("{{ 'ab' | truncate(10**9) }}", "ab"),
+        ("{{ 'ab' | wordwrap(10**9) }}", "ab"),
+        ("{{ 'a' | indent(70000, true) | length }}", "70001"),
+        ("{{ ('%05d %-12345s|' % (1, 'a')) | length }}", "12352"),
+        ("{{ '{:>12345}'.format(1) | length }}", "12345"),
+        ("{{ ('a' * 200000).replace('a', 'bc') | length }}", "400000"),
+        ("{{ (2**2000) % 1000 }}", "376"),
+        ("{{ [1, 2, 3] | batch(1000000) | list }}", "[[1, 2, 3]]"),
+        ("{{ 'abc'.translate({97: 'x'}) }}", "xbc"),
+    ],
+)
+def test_what_costs_little_is_rendered(source: str, text: str) -> None:
+    """Large numbers are no attack; what is bounded is what a template takes and writes."""
+    assert render(source) == text
 
 
 @pytest.mark.parametrize(
@@ -80,9 +141,12 @@ def test_failing_template_is_one_sentence(source: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ x | no_such_filter }}", "{% endfor %}", "{{", "{{ " + "(" * 10000])
-def test_malformed_template_is_refused_at_once(source: str) -> None:
+def test_malformed_template_is_refused(source: str) -> None:
+    template = make(source)
     with pytest.raises(InvalidRequestError, match="not valid Jinja"):
-        ChatTemplate(source, {})
+        template.check()
+    with pytest.raises(InvalidRequestError, match=r"not valid Jinja: .* Use /v1/completions, or serve the model with"):
+        template.render(HI)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +156,8 @@ def test_malformed_template_is_refused_at_once(source: str) -> None:
         ([{"role": "user", "content": object()}], r"messages holds a object, which is not a JSON value"),
         ([{"role": "user", "content": b"x"}], r"holds a bytes"),
         ([], r"at least one"),
+        ([{"role": "user", "content": 10**5000}], r"too many digits"),
+        ([{"role": "user", "content": NESTED}], r"messages is nested too deeply"),
     ],
 )
 def test_wrong_messages_are_refused(messages: list[Any], message: str) -> None:
@@ -106,7 +172,7 @@ def test_continue_and_generate_exclude_each_other() -> None:
 
 def test_kwargs_cannot_replace_fields() -> None:
     with pytest.raises(InvalidRequestError, match="may not set messages"):
-        ChatTemplate("x", {}).render(HI, messages=[])
+        make("x").render(HI, messages=[])
 
 
 @pytest.mark.parametrize(
@@ -142,54 +208,6 @@ def test_python_stays_out_of_reach(source: str) -> None:
     assert text == ""
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-        "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
-        "{% for i in range(99999) %}{{ range(99999) | map('string') | join }}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(100) }}",
-        "{{ 'a' * 10**10 }}",
-        "{{ 10**10 * 'a' }}",
-        "{{ [0] * 10**10 }}",
-        "{{ 9**(9**9) }}",
-        "{{ 2 ** -(9**9) }}",
-        "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x|replace('a', ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}"
-        "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
-        "{{ 'a' | center(10**10) }}",
-        "{{ 'a'.center(10**10) }}",
-        "{{ 'a'.ljust(10**10) }}",
-        "{{ '\n'.expandtabs(10**10) }}",
-        "{{ 'a'.zfill(width) }}",
-        "{{ 'a\nb' | indent(10**10) }}",
-        "{{ [1] | tojson(indent=10**10) }}",
-        "{{ [1] | batch(10**10, 0) | list }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ '%*d' % (10000000000, 1) }}",
-        "{{ '%10000000000d' | format(1) }}",
-        "{{ '{:10000000000}'.format(1) }}",
-        "{{ '{:{}}'.format(1, 10000000000) }}",
-        "{{ strftime_now('%10000000000Y') }}",
-        "{{ lipsum(10**9) }}",
-    ],
-)
-def test_costs_are_bounded(source: str) -> None:
-    start = time.monotonic()
-    with pytest.raises(InvalidRequestError):
-        render(source, width=10**10)
-    assert time.monotonic() - start < 5
-
-
-def test_long_conversations_fit_the_bounds() -> None:
-    messages = [{"role": "user", "content": "word " * 200}] * 2000
-    text = ChatTemplate(CASES["templates"]["llama3"], {"bos_token": ""}).render(messages)
-    assert len(text) > 2_000_000
+def test_long_conversations_are_rendered() -> None:
+    messages = [{"role": "user", "content": "word " * 200}] * 8000
+    assert len(make(CASES["templates"]["llama3"]).render(messages)) > 8_000_000

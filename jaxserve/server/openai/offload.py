@@ -2,17 +2,23 @@
 
 What is small is done at once. What is large goes to a few threads, and what is very large to a single one, so that
 neither takes all threads nor all memory: reading and tokenising a text may take hundreds of times its size.
+
+Chats wait for a process that renders them, so even small ones go to threads. Long ones have threads of their own, as
+they have processes of their own in the `TemplatePool`: those that take long cannot hold up short ones. A chat that has
+waited too long for a thread is refused, which bounds the line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from jaxserve.core.errors import QueueFullError
+from jaxserve.core.errors import QueueFullError, UnavailableError
+from jaxserve.text.template_pool import LARGE_BYTES as LONG_CHAT_BYTES
 
 T = TypeVar("T")
 
@@ -29,31 +35,56 @@ MAX_HUGE_WAITING = 16
 RETRY_AFTER_S = 5
 """What a client is told whose body finds no place."""
 
-_LARGE_THREADS = 4
+CHAT_PATIENCE_S = 10.0
+"""Seconds that a chat waits for a thread."""
+
+_LARGE_THREADS, _CHAT_THREADS, _LONG_CHAT_THREADS = 4, 4, 2
 
 
 class Offload:
-    """Runs work by the size of what it works on."""
+    """Runs work by the size of what it works on.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: Longest a chat waits for a thread, in seconds.
+    """
+
+    def __init__(self, *, patience_s: float = CHAT_PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._chats = ThreadPoolExecutor(_CHAT_THREADS, thread_name_prefix="jaxserve-chat")
+        self._long_chats = ThreadPoolExecutor(_LONG_CHAT_THREADS, thread_name_prefix="jaxserve-long-chat")
         self._large = ThreadPoolExecutor(_LARGE_THREADS, thread_name_prefix="jaxserve-large-body")
         self._huge = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-huge-body")
         self._num_huge = 0
 
-    async def run(self, num_bytes: int, work: Callable[[], T]) -> T:
-        """Does work: here if it is small, in a thread otherwise.
+    async def run(self, num_bytes: int, work: Callable[[], T], *, renders: bool = False) -> T:
+        """Does work: here if it is small and renders no chat, in a thread otherwise.
 
         Args:
             num_bytes: Size of what is worked on.
             work: Takes time that grows with it.
+            renders: Whether a chat template is rendered.
 
         Raises:
             QueueFullError: Too many huge bodies are here already.
+            UnavailableError: No thread came free in time for a chat.
         """
-        if num_bytes <= LARGE_BYTES:
-            return work()
-        if num_bytes <= HUGE_BYTES:
-            return await self._in_thread(self._large, work)
+        if num_bytes > HUGE_BYTES:
+            return await self._huge_in_turn(work)
+        if renders:
+            pool = self._long_chats if num_bytes > LONG_CHAT_BYTES else self._chats
+            return await self._in_thread(pool, self._in_time(work))
+        return work() if num_bytes <= LARGE_BYTES else await self._in_thread(self._large, work)
+
+    async def pieces(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+        """Pieces of a long answer, each made in a thread when the one before has been taken.
+
+        Args:
+            pieces: Makes them.
+        """
+        while (piece := await self._in_thread(self._large, lambda: next(pieces, None))) is not None:
+            yield piece
+
+    async def _huge_in_turn(self, work: Callable[[], T]) -> T:
         if self._num_huge >= MAX_HUGE_WAITING:
             raise QueueFullError(
                 f"{self._num_huge} bodies of more than {HUGE_BYTES} bytes are here already; try again later.",
@@ -65,14 +96,17 @@ class Offload:
         finally:
             self._num_huge -= 1
 
-    async def pieces(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-        """Pieces of a long answer, each made in a thread when the one before has been taken.
+    def _in_time(self, work: Callable[[], T]) -> Callable[[], T]:
+        deadline = time.monotonic() + self._patience_s
 
-        Args:
-            pieces: Makes them.
-        """
-        while (piece := await self._in_thread(self._large, lambda: next(pieces, None))) is not None:
-            yield piece
+        def run() -> T:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"Other chats have kept the chat template busy for {self._patience_s:g} s; try again later."
+                )
+            return work()
+
+        return run
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         context = contextvars.copy_context()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 from fastapi.responses import JSONResponse
@@ -40,7 +40,7 @@ from jaxserve.telemetry.tracing import RequestSpan
 _LOG = logging.getLogger(__name__)
 
 
-Translate = Callable[[bytes, str], Generation]
+Reader = Callable[[bytes, str], Awaitable[Generation]]
 """Turns the bytes of a body into a generation whose answer has the id given."""
 
 
@@ -72,35 +72,38 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        return await self._generate(request, ChatDialect(), self._translate_chat)
+        return await self._generate(request, ChatDialect(), self._read_chat)
 
     async def completion(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        return await self._generate(request, CompletionDialect(), self._translate_completion)
+        return await self._generate(request, CompletionDialect(), self._read_completion)
 
     async def render_chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions/render`: the prompt's token ids, which routers ask for before they route."""
-        [prompt] = await self._render(request, self._translate_chat)
+        [prompt] = await self._render(request, self._read_chat)
         return await token_ids_response(self.offload, [prompt], listed=False)
 
     async def render_completion(self, request: Request) -> Response:
         """`POST /v1/completions/render`: each prompt's token ids."""
-        return await token_ids_response(
-            self.offload, await self._render(request, self._translate_completion), listed=True
-        )
+        return await token_ids_response(self.offload, await self._render(request, self._read_completion), listed=True)
 
-    async def _render(self, request: Request, translate: Translate) -> list[tuple[int, ...]]:
-        data = await read_body(request)
-        generation = await self.offload.run(len(data), lambda: translate(data, ""))
+    async def _render(self, request: Request, read: Reader) -> list[tuple[int, ...]]:
+        generation = await read(await read_body(request), "")
         return [each.prompt for each in generation.requests]
 
-    def _translate_chat(self, data: bytes, response_id: str) -> Generation:
-        return self.translator.chat(self.chat_bodies.decode(data), self.engine.info, response_id)
+    async def _read_chat(self, data: bytes, response_id: str) -> Generation:
+        def work() -> Generation:
+            return self.translator.chat(self.chat_bodies.decode(data), self.engine.info, response_id)
 
-    def _translate_completion(self, data: bytes, response_id: str) -> Generation:
-        return self.translator.completion(self.completion_bodies.decode(data), self.engine.info, response_id)
+        return await self.offload.run(len(data), work, renders=True)
 
-    async def _generate(self, request: Request, dialect: Dialect, translate: Translate) -> Response:
+    async def _read_completion(self, data: bytes, response_id: str) -> Generation:
+        def work() -> Generation:
+            return self.translator.completion(self.completion_bodies.decode(data), self.engine.info, response_id)
+
+        return await self.offload.run(len(data), work)
+
+    async def _generate(self, request: Request, dialect: Dialect, read: Reader) -> Response:
         span = RequestSpan(
             self.tracer,
             f"{request.method} {request.url.path}",
@@ -108,7 +111,7 @@ class Service:
             request_id=REQUEST_ID.get(),
         )
         try:
-            return await self._answer(request, dialect, translate, span)
+            return await self._answer(request, dialect, read, span)
         except JaxserveError as error:
             span.fail(error.message)
             span.end()
@@ -122,7 +125,7 @@ class Service:
         self,
         request: Request,
         dialect: Dialect,
-        translate: Translate,
+        read: Reader,
         span: RequestSpan,
     ) -> Response:
         created = int(time.time())
@@ -130,7 +133,7 @@ class Service:
         data = await read_body(request)
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
-            generation = await self.offload.run(len(data), lambda: translate(data, response_id))
+            generation = await read(data, response_id)
         generation = replace(generation, requests=tuple(map(caller.claim, generation.requests)))
         inflight = InFlight(
             self.engine,

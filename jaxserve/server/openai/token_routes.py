@@ -40,7 +40,7 @@ class TokenRoutes:
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
         data = await read_body(request)
-        token_ids, with_texts = await self.offload.run(len(data), lambda: self._tokenize(data))
+        token_ids, with_texts = await self.offload.run(len(data), lambda: self._tokenize(data), renders=True)
         max_model_len = self.engine.info.max_model_len
         pieces = tokenized_json(token_ids, max_model_len, self.translator.tokenizer, with_texts=with_texts)
         return await pieces_response(self.offload, len(token_ids), pieces)

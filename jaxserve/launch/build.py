@@ -170,8 +170,7 @@ def plan_replica(
         ),
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
-    _require_numbers(layout)
-    _require_stops(spec)
+    _require_numbers(layout, spec)
     _tell_scaling(spec, resolved)
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
@@ -187,19 +186,16 @@ def plan_replica(
     return replica, resolved
 
 
-def _require_numbers(layout: PoolLayout) -> None:
+def _require_numbers(layout: PoolLayout, spec: ModelSpec) -> None:
+    if len(spec.eos_token_ids) > MAX_STOP_IDS:
+        raise CheckpointError(
+            f"The model has {len(spec.eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_IDS} are supported."
+        )
     if layout.shape[0] > _MAX_PAGES:
         raise ConfigError(
             f"num_pages={layout.num_pages} is too many: {layout.num_layers} layers have room for "
             f"{_MAX_PAGES // layout.num_layers} each, for the pages of all have numbers of 32 bits; lower it.",
             param="num_pages",
-        )
-
-
-def _require_stops(spec: ModelSpec) -> None:
-    if len(spec.eos_token_ids) > MAX_STOP_IDS:
-        raise CheckpointError(
-            f"The model has {len(spec.eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_IDS} are supported."
         )
 
 

@@ -39,6 +39,7 @@ class ConfigReader:
         self.origin = origin
         self.problems: list[str] = []
         self._unknown: list[str] = []
+        self._seen: set[str] = set()
         self._passed_over = passed_over
         self._path = ""
         self._read: set[str] = set()
@@ -117,7 +118,7 @@ class ConfigReader:
         if not isinstance(value, dict):
             return self._refuse(key, value, "an object", None)
         nested = ConfigReader(value, f"{self.origin} {key}", self._passed_over)
-        nested.problems, nested._unknown = self.problems, self._unknown
+        nested.problems, nested._unknown, nested._seen = self.problems, self._unknown, self._seen
         nested._path = f"{self._path}{key}."
         return nested
 
@@ -137,6 +138,7 @@ class ConfigReader:
         neutral = neutral or {}
         for key, value in self.values.items():
             path = self._path + key
+            self._seen.add(path)
             if key in self._read:
                 if path in self._passed_over:
                     self.problems.append(f"{IGNORE_FLAG} cannot pass over {path}, which jaxserve reads")
@@ -167,6 +169,8 @@ class ConfigReader:
                 message += f" Keys that do not change what it computes are passed over with {IGNORE_FLAG} "
                 message += ",".join(self._unknown)
             raise CheckpointError(message)
+        if absent := sorted(set(self._passed_over) - self._seen):
+            logger.warning("%s has no %s to pass over", self.origin, ", ".join(absent))
 
     def _refuse(self, key: str, value: object, expected: str, stand_in: _T) -> _T:
         found = "missing" if value is None else f"{_short(value)}"

@@ -57,6 +57,7 @@ class TestLoad:
             "enable_prefix_caching": ("false", False),
             "memory_fraction": ("0.5", 0.5),
             "served_model_name": ("a,b", ("a", "b")),
+            "ignore_config_keys": ("a,rope_scaling.b", ("a", "rope_scaling.b")),
             "api_key": ("a,b", ("a", "b")),
             "drain_deadline_s": ("1.5", 1.5),
             "cache_dir": ("/x", Path("/x")),

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jax import Array
+from numpy.typing import NDArray
 from test_models_families import GGUF, LLAMA, read, read_gguf
 from test_models_parity import GOLDENS, TOLERANCE, load, logprobs_of
 
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.layers.rope import attention_factor, inverse_frequencies
-from jaxserve.models.spec import DynamicRopeScaling, LongRopeScaling, RopeSpec, YarnRopeScaling
+from jaxserve.models.spec import DynamicRopeScaling, LongRopeScaling, ModelSpec, RopeSpec, YarnRopeScaling
 
 SAID = json.loads((GOLDENS / "ropes.json").read_text())
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -45,24 +47,29 @@ def test_frequencies_are_those_of_transformers(name: str) -> None:
         assert attention_factor(rope) == pytest.approx(found["attention_factor"], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", SAID["models"])
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Of whole sequences as long as the longest that is served; a rope that depends on no length, of any."""
+def tiny(name: str, folder: Path) -> tuple[ModelSpec, dict[str, Array], NDArray[np.int32]]:
+    """The model of tiny/llama with another rope, and 80 tokens."""
     base = GOLDENS / "tiny" / "llama"
     config = json.loads((base / "config.json").read_text())
     del config["rope_parameters"]
-    (tmp_path / "config.json").write_text(json.dumps(config | SAID["models"][name]["config"]))
-    shutil.copy(base / "model.safetensors", tmp_path)
-    spec, params = load(CheckpointSource(kind=SourceKind.HF, path=tmp_path, name=name))
-    token_ids = np.load(base / "golden.npz")["token_ids"].astype(np.int32)
-    goldens = np.load(GOLDENS / "ropes.npz")
+    (folder / "config.json").write_text(json.dumps(config | SAID["models"][name]["config"]))
+    shutil.copy(base / "model.safetensors", folder)
+    spec, params = load(CheckpointSource(kind=SourceKind.HF, path=folder, name=name))
+    return spec, params, np.load(base / "golden.npz")["token_ids"].astype(np.int32)
+
+
+@pytest.mark.parametrize("name", SAID["models"])
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Of whole sequences as long as the longest that is served."""
+    spec, params, token_ids = tiny(name, tmp_path)
+    goldens, nothing = np.load(GOLDENS / "ropes.npz"), np.zeros((1, 0), np.int32)
+    plain = np.load(GOLDENS / "tiny" / "llama" / "golden.npz")["logprobs"]
     for length in SAID["models"][name]["lengths"]:
-        nothing = np.zeros((1, 0), np.int32)
         (ours,) = logprobs_of(spec, params, [token_ids[:length]], nothing, max_len=length)
         assert np.max(np.abs(ours[:: SAID["every"]] - goldens[f"{name}/{length}"])) <= TOLERANCE
-        # The plain rope says something else, so the scaling is not left out.
-        plain = np.load(base / "golden.npz")["logprobs"][:length]
-        assert (length == 32 and name == "dynamic") or np.max(np.abs(ours - plain)) > 100 * TOLERANCE
+        # The plain rope says something else wherever the scaling is not left out.
+        is_plain = name == "dynamic" and length == 32
+        assert (np.max(np.abs(ours - plain[:length])) <= TOLERANCE) == is_plain
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
@@ -70,7 +77,8 @@ def test_a_longer_service_scales_all_positions_alike(name: str) -> None:
     """A token's rotation depends on the longest sequence that is served, not on its own: the KV cache stays true."""
     case = next(each for key, each in SAID["frequencies"].items() if key == name)
     spec = read(sized(case["head_dim"], case["config"]))
-    original = spec.rope.scaling.original_max_len  # type: ignore[union-attr]
+    assert isinstance(spec.rope.scaling, DynamicRopeScaling | LongRopeScaling)
+    original = spec.rope.scaling.original_max_len
     assert spec.default_max_len == original < spec.max_position
     short, at, beyond = (
         inverse_frequencies(spec.rope, case["head_dim"], length) for length in (2, original, original + 1)
@@ -200,3 +208,10 @@ def test_gguf_factors_that_nobody_uses_are_refused(kind: str) -> None:
     gain = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.attn_factor": 2.0}
     with pytest.raises(CheckpointError, match=r"attn_factor = 2 is not supported"):
         read_gguf(gain)
+
+
+def test_tokens_do_not_depend_on_the_schedule(tmp_path: Path) -> None:
+    """A sequence that grows token by token past the original length says what it says in one pass."""
+    spec, params, token_ids = tiny("dynamic", tmp_path)
+    (grown,) = logprobs_of(spec, params, [token_ids[:24]], token_ids[None, 24:], max_len=80)
+    assert np.max(np.abs(grown[:: SAID["every"]] - np.load(GOLDENS / "ropes.npz")["dynamic/80"])) <= TOLERANCE

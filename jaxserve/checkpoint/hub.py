@@ -82,7 +82,7 @@ def _explanation(repo_id: str, error: Exception, *, offline: bool) -> str:
             return f"{repo_id} cannot be downloaded ({error}); check the network and the space on disk."
 
 
-def _reporter(progress: Progress | None) -> type[tqdm_asyncio[Any]]:
+def _reporter(progress: Progress | None) -> type[_Bar]:
     """A progress bar that draws nothing and reports bytes."""
 
     class Reporter(_Bar):

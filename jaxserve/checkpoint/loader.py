@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from jaxserve.checkpoint.rules import Move, Sizes, fetch, match, moves_into, sizes_of
 from jaxserve.checkpoint.tensors import Progress, Range, TensorReader
+from jaxserve.checkpoint.tied import require_tied
 from jaxserve.models.family import WeightRule, WeightTable
 from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
@@ -66,6 +67,7 @@ def fill_params(
     """
     scales = {scale_of(path): path for path in abstract if scale_of(path) in abstract}
     weights = [path for path in abstract if path not in scales]
+    require_tied(spec, table, reader)
     rules = match(table, spec, weights, reader.shapes)
     sizes = sizes_of(spec, abstract["layers.attn.qkv.kernel"].shape[2])
     total = sum(info.num_bytes for info in abstract.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.checkpoint.tensors import Range, TensorReader
+from jaxserve.checkpoint.tied import EMBED, HEAD, tensor_of
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.family import Part, WeightRule, WeightTable
 from jaxserve.models.spec import ModelSpec
@@ -90,6 +91,8 @@ def match(
     """
     wanted = set(params)
     rules = [rule for rule in table.rules if rule.param in wanted]
+    if spec.tie_embeddings and (head := tensor_of(table, HEAD)) in stored and tensor_of(table, EMBED) not in stored:
+        rules = [replace(rule, name=head) if rule.param == EMBED else rule for rule in rules]
     unfilled = sorted(wanted - {rule.param for rule in rules})
     sizes = sizes_of(spec, spec.num_kv_heads).stored
     expected = {

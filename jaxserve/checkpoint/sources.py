@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from jaxserve.checkpoint.presets import (
     preset_names,
     read_preset,
 )
-from jaxserve.checkpoint.safetensors import SafetensorsFolder
+from jaxserve.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 from jaxserve.checkpoint.tensors import Progress
+from jaxserve.checkpoint.tied import tied_as_stored
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models import registry
 from jaxserve.models.params import Held, ParamInfo
+from jaxserve.models.rope_config import GGUF_FACTORS
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer, tokenizer_from_folder
 
@@ -137,8 +139,12 @@ def _resolve_path(path: Path) -> CheckpointSource:
     raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face folder{hint}.")
 
 
-def load_spec(source: CheckpointSource) -> ModelSpec:
+def load_spec(source: CheckpointSource, *, passed_over: Collection[str] = ()) -> ModelSpec:
     """The model's spec.
+
+    Args:
+        source: The model.
+        passed_over: Unknown keys of its config that are to be ignored.
 
     Raises:
         CheckpointError: Files are missing or corrupt, or the model is of a kind jaxserve does not run.
@@ -146,26 +152,37 @@ def load_spec(source: CheckpointSource) -> ModelSpec:
     if source.kind is SourceKind.GGUF:
         file = GGUFFile(source.path)
         try:
-            return _gguf_spec(file)
+            return _gguf_spec(file, passed_over)
         finally:
             file.close()
     if source.kind is SourceKind.RANDOM:
-        return registry.spec_from_hf(_random_preset(source).config, {}, str(source.path))
+        return registry.spec_from_hf(_random_preset(source).config, {}, str(source.path), passed_over=passed_over)
     generation = source.path / "generation_config.json"
-    return registry.spec_from_hf(
+    spec = registry.spec_from_hf(
         read_object(source.path / "config.json"),
         read_object(generation) if generation.is_file() else {},
         str(source.path / "config.json"),
+        passed_over=passed_over,
     )
+    if not spec.tie_embeddings or not any((source.path / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return spec
+    reader = SafetensorsFolder(source.path)
+    try:
+        return tied_as_stored(spec, registry.family_named(spec.family).hf_weights, reader)
+    finally:
+        reader.close()
 
 
-def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = False) -> ModelSpec:
+def spec_of(
+    model: str, *, presets_dir: Path | None = None, offline: bool = False, passed_over: Collection[str] = ()
+) -> ModelSpec:
     """The spec of what a MODEL argument names, without its weights: of a hub repository only the config is fetched.
 
     Args:
         model: As for `resolve_source`.
         presets_dir: As for `resolve_source`.
         offline: Use only what is on this machine.
+        passed_over: As for `load_spec`.
 
     Raises:
         CheckpointError: There is no such model, or it is of a kind jaxserve does not run.
@@ -173,35 +190,40 @@ def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = Fals
     presets_dir = presets_dir or default_presets_dir()
     preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
     if preset is not None:
-        return registry.spec_from_hf(preset.config, {}, model)
+        return registry.spec_from_hf(preset.config, {}, model, passed_over=passed_over)
     if _REPO_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).expanduser().exists():
         from jaxserve.checkpoint.hub import CONFIG_FILES, fetch_snapshot
 
         folder = fetch_snapshot(model, offline=offline, progress=None, files=CONFIG_FILES)
-        return load_spec(CheckpointSource(kind=SourceKind.HF, path=folder, name=model))
+        return load_spec(CheckpointSource(kind=SourceKind.HF, path=folder, name=model), passed_over=passed_over)
     source = resolve_source(model, cache_dir=presets_dir, presets_dir=presets_dir, offline=offline)
-    return load_spec(source)
+    return load_spec(source, passed_over=passed_over)
 
 
-def load_tokenizer(source: CheckpointSource) -> Tokenizer:
+def load_tokenizer(source: CheckpointSource, spec: ModelSpec | None = None) -> Tokenizer:
     """The model's tokenizer; a random model gets one of bytes and made-up words.
+
+    Args:
+        source: The model.
+        spec: Its spec, if it has been read.
 
     Raises:
         CheckpointError: The tokenizer's files are missing, corrupt or of an unknown kind.
     """
+    spec = load_spec(source) if spec is None else spec
     if source.kind is SourceKind.GGUF:
         from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 
         file = GGUFFile(source.path)
         try:
-            return tokenizer_from_gguf(file.metadata, eos_token_ids=_gguf_spec(file).eos_token_ids)
+            return tokenizer_from_gguf(file.metadata, eos_token_ids=spec.eos_token_ids)
         finally:
             file.close()
     if source.kind is SourceKind.RANDOM:
         from jaxserve.checkpoint.random_tokenizer import byte_tokenizer
 
-        return byte_tokenizer(load_spec(source))
-    return tokenizer_from_folder(source.path, eos_token_ids=load_spec(source).eos_token_ids)
+        return byte_tokenizer(spec)
+    return tokenizer_from_folder(source.path, eos_token_ids=spec.eos_token_ids)
 
 
 def load_params(
@@ -251,10 +273,17 @@ def _random_preset(source: CheckpointSource) -> Preset:
     return preset
 
 
-def _gguf_spec(file: GGUFFile) -> ModelSpec:
-    factors = None
-    if "rope_freqs.weight" in file.tensors:
-        factors = np.array(file.read("rope_freqs.weight", ((0, file.tensors["rope_freqs.weight"].shape[0]),)))
+def _gguf_spec(file: GGUFFile, passed_over: Collection[str] = ()) -> ModelSpec:
+    factors = {
+        name: np.array(file.read(name, tuple((0, size) for size in file.shapes[name])))
+        for name in GGUF_FACTORS
+        if name in file.shapes
+    }
     return registry.spec_from_gguf(
-        file.metadata, file.shapes, rope_factors=factors, dtype=file.dtype, origin=str(file.path)
+        file.metadata,
+        file.shapes,
+        rope_factors=factors,
+        dtype=file.dtype,
+        origin=str(file.path),
+        passed_over=passed_over,
     )

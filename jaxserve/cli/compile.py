@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.cli.parsing import add_switch
 from jaxserve.cli.signals import terminable
-from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
+from jaxserve.core.config import PLAN_SETTINGS, add_arguments
 
 if TYPE_CHECKING:
     from jaxserve.cli.parsing import Commands
@@ -34,7 +34,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--key", metavar="FILE", type=Path, help="sign the manifest with this file's content")
     add_switch(parser, "--json", help="print JSON")
-    add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
+    add_arguments(parser.add_argument_group("shapes"), PLAN_SETTINGS)
     parser.set_defaults(run=run)
 
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.topology,
             arguments.out,
-            settings={name: given[name] for name in SHAPE_SETTINGS if given[name] is not None},
+            settings={name: given[name] for name in PLAN_SETTINGS if given[name] is not None},
             key=arguments.key,
             progress=progress,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jaxserve.cli.console import console
 from jaxserve.cli.parsing import DefaultsFormatter, above_zero, add_switch, positive, positives
 from jaxserve.cli.signals import terminable
-from jaxserve.core.config import SHAPE_SETTINGS, add_arguments
+from jaxserve.core.config import PLAN_SETTINGS, add_arguments
 from jaxserve.core.errors import ConfigError
 from jaxserve.sharding.chips import chip_named
 
@@ -63,7 +63,7 @@ def add_command(commands: Commands) -> None:
     )
     add_switch(parser, "--offline", help="fetch nothing")
     add_switch(parser, "--json", help="print JSON")
-    add_arguments(parser.add_argument_group("shapes"), SHAPE_SETTINGS)
+    add_arguments(parser.add_argument_group("shapes"), PLAN_SETTINGS)
     parser.set_defaults(run=run)
 
 
@@ -89,7 +89,7 @@ def price_of(prices: Mapping[str, float], topology: Topology) -> float | None:
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
     """The flags of serve that were given, as text by setting name."""
     given = vars(arguments)
-    return {name: given[name] for name in SHAPE_SETTINGS if given[name] is not None}
+    return {name: given[name] for name in PLAN_SETTINGS if given[name] is not None}
 
 
 def run(arguments: argparse.Namespace) -> int:

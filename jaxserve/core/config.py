@@ -74,6 +74,9 @@ class ServeConfig:
     model: str = declare(
         "smollm2-135m", str, "what to serve: a preset, a Hugging Face id, a folder, a .gguf file, random:PRESET"
     )
+    ignore_config_keys: tuple[str, ...] = declare(
+        (), names, "unknown keys of the model's config to pass over, comma-separated; those of a section as section.key"
+    )
     role: str = declare("both", choice("both"), "both prefill and decode in this process")
     host: str = declare("127.0.0.1", str, "address to listen on")
     port: int = declare(8000, integer(0, 65535), "HTTP port; 0 takes a free one")
@@ -146,6 +149,9 @@ SHAPE_SETTINGS = (
     *("max_num_batched_tokens", "page_size", "num_pages", "memory_fraction"),
 )
 """Settings that decide which programs there are and what memory they take."""
+
+PLAN_SETTINGS = (*SHAPE_SETTINGS, "ignore_config_keys")
+"""Settings that matter where a model is read and its programs are compiled, but not served."""
 
 
 def add_arguments(parser: argparse._ActionsContainer, only: Collection[str] | None = None) -> None:

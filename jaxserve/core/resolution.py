@@ -29,7 +29,8 @@ class Facts:
 
     Attributes:
         platform: JAX's name of the platform: "cpu", "gpu", "tpu".
-        max_position: Longest context the model was made for.
+        max_position: Longest context the model can be served with.
+        default_max_len: Longest context it is served with unless a longer one is asked for.
         checkpoint_dtype: Dtype the checkpoint is stored in.
         device_memory_bytes: Memory of one device, or None where nothing limits us.
         weight_bytes: Weights a device holds.
@@ -38,6 +39,7 @@ class Facts:
 
     platform: str
     max_position: int
+    default_max_len: int
     checkpoint_dtype: str
     device_memory_bytes: int | None
     weight_bytes: int
@@ -114,7 +116,7 @@ def resolve(asked: ServeConfig, facts: Facts) -> ResolvedConfig:
         )
     page_size = asked.page_size or (16 if on_cpu else 64)
     num_pages = _asked_pages(asked, facts, page_size) or _pages(asked, facts, page_size)
-    longest = min(asked.max_model_len or facts.max_position, num_pages * page_size)
+    longest = min(asked.max_model_len or facts.default_max_len, num_pages * page_size)
     if asked.max_model_len is not None and longest < asked.max_model_len:
         raise ConfigError(
             f"A pool of {num_pages} pages of {page_size} tokens cannot hold one sequence of max_model_len="

@@ -200,6 +200,7 @@ def decode(
     *,
     blueprint: Blueprint,
     num_tokens: int,
+    max_len: int,
 ) -> tuple[Array, Decoded]:
     """Runs the model over a ragged batch.
 
@@ -210,6 +211,7 @@ def decode(
         inputs: What the host sent.
         blueprint: How to put the decoder together.
         num_tokens: T.
+        max_len: Longest sequence that is served, in tokens.
     """
     packed, table = jnp.asarray(inputs.packed), jnp.asarray(inputs.page_table)
     batch = unpack(packed, table, num_tokens)
@@ -217,7 +219,7 @@ def decode(
     rows = unpack_rows(packed, table.shape[0])
     token_slots = rows.slots.at[batch.token_seq].get(mode="clip")
     token_ids = history.at[token_slots, batch.positions].get(mode="clip")
-    hidden, kv_pages = blueprint.bind(params)(token_ids, kv_pages, batch)
+    hidden, kv_pages = blueprint.bind(params)(token_ids, kv_pages, batch, max_len=max_len)
     ends = batch.query_starts[1:]
     last = jnp.where((rows.query_lens > 0)[:, None], hidden.at[ends - 1].get(mode="clip"), 0)
     return kv_pages, Decoded(
@@ -296,7 +298,8 @@ def programs(replica: Replica) -> list[Program]:
         result.append(Program(key=("head", size), function=function, args=(params, state, last, packed)))
     for size in buckets.tokens:
         inputs = StepInput(packed=packed, page_table=array(buckets.rows_for(size), replica.pages_per_seq))
-        function = _jit(partial(decode, blueprint=blueprint, num_tokens=size), donate=(1,), out=(held, whole))
+        decoder = partial(decode, blueprint=blueprint, num_tokens=size, max_len=replica.limits.max_model_len)
+        function = _jit(decoder, donate=(1,), out=(held, whole))
         result.append(Program(key=("decode", size), function=function, args=(params, pool, state.history, inputs)))
     for size in buckets.tokens:
         hidden = array(size, width, dtype=blueprint.dtype)

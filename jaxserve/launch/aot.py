@@ -316,7 +316,8 @@ def largest_keys(replica: Replica) -> list[list[object]]:
 def _respond(request: Message) -> Message:
     topology = parse_topology(request["topology"])
     config = config_for(request["model"], request["settings"], topology)
-    replica, _ = abstract_replica(spec_of(request["model"], offline=request["offline"]), config, topology)
+    spec = spec_of(request["model"], offline=request["offline"], passed_over=config.ignore_config_keys)
+    replica, _ = abstract_replica(spec, config, topology)
     wanted = largest_keys(replica) if request["largest_only"] else request["wanted"]
     chosen = [each for each in programs(replica) if wanted is None or list(each.key) in wanted]
     reports = []

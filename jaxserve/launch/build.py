@@ -21,7 +21,7 @@ from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
-from jaxserve.core.errors import ConfigError, JaxserveError
+from jaxserve.core.errors import CheckpointError, ConfigError, JaxserveError
 from jaxserve.core.resolution import Facts, ResolvedConfig, auto_dtype, resolve
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
@@ -44,7 +44,7 @@ from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend, preference
 from jaxserve.quant.bits import storage_dtype
-from jaxserve.sampling.validate import SamplingLimits
+from jaxserve.sampling.validate import MAX_STOP_IDS, SamplingLimits
 from jaxserve.sharding.mesh import TENSOR, make_mesh
 from jaxserve.sharding.rules import kv_repeat
 from jaxserve.text.chat import ChatTemplate
@@ -88,10 +88,11 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         offline=config.offline,
         progress=progress,
     )
-    tokenizer = load_tokenizer(source)
+    spec = load_spec(source, passed_over=config.ignore_config_keys)
+    tokenizer = load_tokenizer(source, spec)
     return Model(
         source=source,
-        spec=load_spec(source),
+        spec=spec,
         tokenizer=tokenizer,
         chat_template=_chat_template(config, tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,
@@ -179,6 +180,7 @@ def plan_replica(
         Facts(
             platform=device.platform,
             max_position=spec.max_position,
+            default_max_len=spec.default_max_len,
             checkpoint_dtype=spec.dtype,
             device_memory_bytes=device_memory_bytes or _device_memory_bytes(device),
             weight_bytes=weight_bytes(blueprint.params(), mesh),
@@ -186,7 +188,8 @@ def plan_replica(
         ),
     )
     layout = replace(page, num_pages=resolved.num_pages, page_size=resolved.page_size)
-    _require_numbers(layout)
+    _require_numbers(layout, spec)
+    _tell_scaling(spec, resolved)
     limits = SamplingLimits(
         vocab_size=spec.vocab_size, max_model_len=resolved.max_model_len, eos_token_ids=spec.eos_token_ids
     )
@@ -201,12 +204,25 @@ def plan_replica(
     return replica, resolved
 
 
-def _require_numbers(layout: PoolLayout) -> None:
+def _require_numbers(layout: PoolLayout, spec: ModelSpec) -> None:
+    if len(spec.eos_token_ids) > MAX_STOP_IDS:
+        raise CheckpointError(
+            f"The model has {len(spec.eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_IDS} are supported."
+        )
     if layout.shape[0] > _MAX_PAGES:
         raise ConfigError(
             f"num_pages={layout.num_pages} is too many: {layout.num_layers} layers have room for "
             f"{_MAX_PAGES // layout.num_layers} each, for the pages of all have numbers of 32 bits; lower it.",
             param="num_pages",
+        )
+
+
+def _tell_scaling(spec: ModelSpec, resolved: ResolvedConfig) -> None:
+    if resolved.max_model_len > spec.default_max_len:
+        logger.warning(
+            "max_model_len=%d is beyond the %d tokens that the model was trained with: positions of all requests are "
+            "scaled, those of short ones too",
+            *(resolved.max_model_len, spec.default_max_len),
         )
 
 

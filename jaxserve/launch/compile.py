@@ -148,9 +148,9 @@ def _compile(
     model: str, topology: str, out: Path, settings: Mapping[str, str], key: Path | None, progress: Progress | None
 ) -> Written:
     signing = read_key(key)
-    spec = spec_of(model)
+    config = load({**settings, "model": model}, environ={})
+    spec = spec_of(model, passed_over=config.ignore_config_keys)
     if topology == CPU:
-        config = load({**settings, "model": model}, environ={})
         if config.attention == Backend.TPU:
             raise ConfigError(
                 "--attention tpu is interpreted on CPUs, step by step, and leaves no executable to store; leave it "

@@ -77,7 +77,7 @@ def fit(model: str, workload: Workload, *, settings: Mapping[str, str], offline:
     """
     settings = settings_for(workload, settings)
     config = load({**settings, "model": model}, environ={})
-    spec = spec_of(model, offline=offline)
+    spec = spec_of(model, offline=offline, passed_over=config.ignore_config_keys)
     require_length(spec, workload, config)
     smallest = []
     for chip in CHIPS.values():
@@ -115,12 +115,14 @@ def require_length(spec: ModelSpec, workload: Workload, config: ServeConfig) -> 
     Raises:
         ConfigError: They cannot.
     """
-    most = min(spec.max_position, config.max_model_len or spec.max_position)
+    most = min(spec.max_position, config.max_model_len or spec.default_max_len)
     if workload.longest > most:
+        whose = (
+            "the model has positions for; " if most == spec.max_position else "--max-model-len allows; raise it, or "
+        )
         raise ConfigError(
-            f"Sequences of {workload.input_len} + {workload.output_len} tokens are longer than the {most} that "
-            f"{'the model has positions for' if most == spec.max_position else '--max-model-len allows'}; lower "
-            "--input-len or --output-len.",
+            f"Sequences of {workload.input_len} + {workload.output_len} tokens are longer than the {most} that {whose}"
+            "lower --input-len or --output-len.",
             param="input_len",
         )
 
@@ -214,6 +216,7 @@ def limits_of(spec: ModelSpec, config: ServeConfig, platform: str) -> ResolvedCo
         Facts(
             platform=platform,
             max_position=spec.max_position,
+            default_max_len=spec.default_max_len,
             checkpoint_dtype=spec.dtype,
             device_memory_bytes=_BOUNDLESS,
             weight_bytes=0,

@@ -176,7 +176,8 @@ def _as_text(value: object, other: object) -> str:
 
 def spec_digest(spec: ModelSpec) -> str:
     """What tells one model's mathematics from another's; numbers count as float32, as GGUF files keep them."""
-    plain = json.dumps(asdict(spec), sort_keys=True, default=str)
+    # Ropes of two kinds may have the same numbers.
+    plain = json.dumps([asdict(spec), type(spec.rope.scaling).__name__], sort_keys=True, default=str)
     rounded = json.loads(plain, parse_float=lambda text: str(np.float32(text)))
     return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
 

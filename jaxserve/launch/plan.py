@@ -97,7 +97,7 @@ def plan(
     """
     settings = settings_for(workload, settings)
     config = config_for(model, settings, topology)
-    spec = spec_of(model, offline=offline)
+    spec = spec_of(model, offline=offline, passed_over=config.ignore_config_keys)
     require_length(spec, workload, config)
     chosen = "mesh" not in settings
     if chosen:

@@ -2,17 +2,27 @@
 
 A family file asks for each key it understands. `finish` then raises one `CheckpointError` that lists missing keys,
 values of the wrong type, values whose mathematics is not implemented, and keys nobody asked for: a key that is
-skipped in silence is how a checkpoint runs with the wrong rope.
+skipped in silence is how a checkpoint runs with the wrong rope. An operator may pass over such keys by name.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from jaxserve.core.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
+
+_LARGEST_INTEGER = (1 << 31) - 1
+_LARGEST_NUMBER = 3e38
+"""What int32 and float32 can hold."""
+
+IGNORE_FLAG = "--ignore-config-keys"
+"""How an operator names keys to pass over."""
 
 
 class ConfigReader:
@@ -21,12 +31,17 @@ class ConfigReader:
     Args:
         values: Keys and values as stored.
         origin: What is being read, for the error message ("config.json").
+        passed_over: Keys that are no problem though nobody asks for them; those of a section as "section.key".
     """
 
-    def __init__(self, values: Mapping[str, object], origin: str) -> None:
+    def __init__(self, values: Mapping[str, object], origin: str, passed_over: Collection[str] = ()) -> None:
         self.values = values
         self.origin = origin
         self.problems: list[str] = []
+        self._unknown: list[str] = []
+        self._seen: set[str] = set()
+        self._passed_over = passed_over
+        self._path = ""
         self._read: set[str] = set()
         self._refused: set[str] = set()
 
@@ -54,7 +69,7 @@ class ConfigReader:
         value = self.take(key)
         if value is None and absent is not None:
             return absent
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_INTEGER:
             return value
         return self._refuse(key, value, "a positive integer", 1)
 
@@ -63,7 +78,7 @@ class ConfigReader:
         value = self.take(key)
         if value is None and absent is not None:
             return absent
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST_NUMBER:
             return float(value)
         return self._refuse(key, value, "a number above zero", 1.0)
 
@@ -102,8 +117,9 @@ class ConfigReader:
             return None
         if not isinstance(value, dict):
             return self._refuse(key, value, "an object", None)
-        nested = ConfigReader(value, f"{self.origin} {key}")
-        nested.problems = self.problems
+        nested = ConfigReader(value, f"{self.origin} {key}", self._passed_over)
+        nested.problems, nested._unknown, nested._seen = self.problems, self._unknown, self._seen
+        nested._path = f"{self._path}{key}."
         return nested
 
     def fixed(self, key: str, *allowed: object) -> None:
@@ -112,26 +128,49 @@ class ConfigReader:
         if value is not None and value not in allowed:
             self.problems.append(f"{key} = {value!r} is not supported (only {' or '.join(map(repr, allowed))})")
 
-    def close(self, ignored: Collection[str] = ()) -> None:
-        """Notes every key that nobody asked for and that is not in `ignored`."""
-        for key, value in self.values.items():
-            if key not in self._read and key not in ignored and value is not None:
-                self.problems.append(f"unknown key {key} = {_short(value)}")
-
-    def finish(self, ignored: Collection[str] = ()) -> None:
-        """Ends the reading.
+    def close(self, ignored: Collection[str] = (), neutral: Mapping[str, Collection[object]] | None = None) -> None:
+        """Notes every key that nobody asked for, unless it has no effect or the operator passes over it.
 
         Args:
             ignored: Keys known to have no effect on inference.
+            neutral: Values of other keys with which they have none.
+        """
+        neutral = neutral or {}
+        for key, value in self.values.items():
+            path = self._path + key
+            self._seen.add(path)
+            if key in self._read:
+                if path in self._passed_over:
+                    self.problems.append(f"{IGNORE_FLAG} cannot pass over {path}, which jaxserve reads")
+            elif value is None or key in ignored or value in neutral.get(key, ()):
+                pass
+            elif path in self._passed_over:
+                logger.warning("%s: passing over %s = %s, as asked", self.origin, key, _short(value))
+            else:
+                self._unknown.append(path)
+                self.problems.append(f"unknown key {key} = {_short(value)}")
+
+    def finish(self, ignored: Collection[str] = (), neutral: Mapping[str, Collection[object]] | None = None) -> None:
+        """Ends the reading.
+
+        Args:
+            ignored: As for `close`.
+            neutral: As for `close`.
 
         Raises:
             CheckpointError: Anything was wrong; the message lists all of it.
         """
-        self.close(ignored)
+        self.close(ignored, neutral)
         if self.problems:
-            raise CheckpointError(
+            message = (
                 f"{self.origin} describes a model that jaxserve cannot run faithfully: {'; '.join(self.problems)}."
             )
+            if self._unknown:
+                message += f" Keys that do not change what it computes are passed over with {IGNORE_FLAG} "
+                message += ",".join(self._unknown)
+            raise CheckpointError(message)
+        if absent := sorted(set(self._passed_over) - self._seen):
+            logger.warning("%s has no %s to pass over", self.origin, ", ".join(absent))
 
     def _refuse(self, key: str, value: object, expected: str, stand_in: _T) -> _T:
         found = "missing" if value is None else f"{_short(value)}"

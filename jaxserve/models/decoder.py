@@ -91,7 +91,12 @@ class Decoder(nnx.Module):
         self.placement = placement
 
     def __call__(
-        self, token_ids: Int32[Array, " T"], kv_pages: Shaped[Array, "P page_size K2 H"], batch: RaggedBatch
+        self,
+        token_ids: Int32[Array, " T"],
+        kv_pages: Shaped[Array, "P page_size K2 H"],
+        batch: RaggedBatch,
+        *,
+        max_len: int,
     ) -> tuple[Float[Array, "T D"], Shaped[Array, "P page_size K2 H"]]:
         """Runs a ragged batch, writing its keys and values into the pages.
 
@@ -99,6 +104,7 @@ class Decoder(nnx.Module):
             token_ids: [T]; padding may hold any id.
             kv_pages: [L * num_pages, page_size, 2K, H]; donate it.
             batch: Which token belongs where.
+            max_len: Longest sequence that is served, in tokens; some ropes depend on it.
 
         Returns:
             Normalised hidden states, [T, D], and the pool.
@@ -109,7 +115,7 @@ class Decoder(nnx.Module):
             x = self._whole(self.embed.rows(token_ids))
         group = spec.num_heads // (spec.num_kv_heads * self.placement.kv_repeat)
         batch = prepared(batch, group=group, target=self.placement.target)
-        turns = rotation(spec.rope, spec.head_dim, batch.positions)
+        turns = rotation(spec.rope, spec.head_dim, batch.positions, max_len)
         graph, stacked = nnx.split(self.layers)
 
         def step(state: tuple[Array, Array], params: nnx.State[Any, Any], index: Array) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 Llama, Qwen2 and Qwen3 configs differ in a few keys; each family file reads those and passes them to `spec_from_hf` or
 `spec_from_gguf` here. Hugging Face configs come in two dialects (`rope_theta` with `rope_scaling`, and
-`rope_parameters`; `torch_dtype` and `dtype`); both are read.
+`rope_parameters`; `torch_dtype` and `dtype`); both are read. Which other keys mean nothing stands in `config_keys`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxserve.models.config_reader import ConfigReader
 from jaxserve.models.family import GGUFHeader
-from jaxserve.models.rope_config import rope_from_gguf, rope_from_hf
+from jaxserve.models.rope_config import GGUF_FACTORS, rope_from_gguf, rope_from_hf
 from jaxserve.models.spec import Activation, ModelSpec
 
 _HF_LAYER = "model.layers.{layer}"
@@ -60,72 +60,8 @@ GGUF_NAMES: Mapping[str, str] = {
 }
 """Tensor names in GGUF files."""
 
-GGUF_IGNORED = ("rope_freqs.weight", "blk.{layer}.attn_rot_embd", "blk.{layer}.rope_freqs.weight")
-"""Rotary tables; the spec is made from the first, the others follow from it."""
-
-IGNORED_CONFIG_KEYS = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "hidden_dropout",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "model_name",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "resid_pdrop",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
-"""Keys of config.json that say how a model was trained, exported or sampled by default, never what it computes."""
+GGUF_IGNORED = (*GGUF_FACTORS, "blk.{layer}.attn_rot_embd", "blk.{layer}.rope_freqs.weight")
+"""Rotary tables; the spec is made from the first ones, the others follow from it."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ACTIVATIONS = {
@@ -134,6 +70,28 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "gelu_new": Activation.GELU_TANH,
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HFDefaults:
+    """What a key means that a config.json lacks: the default that the family's config class in `transformers` has.
+
+    The five sizes that every config gives (hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+    vocab_size) have none here.
+
+    Attributes:
+        num_key_value_heads: None means num_attention_heads, as a null does.
+        max_position_embeddings: In tokens.
+        rms_norm_eps: Epsilon of the norms.
+        hidden_act: Name of the activation.
+        tie_word_embeddings: Whether the embedding is the head.
+    """
+
+    num_key_value_heads: int | None
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,26 +107,31 @@ class DenseTraits:
     sliding_window: int | None
 
 
-def spec_from_hf(config: ConfigReader, generation: ConfigReader, traits: DenseTraits) -> ModelSpec:
+def spec_from_hf(
+    config: ConfigReader, generation: ConfigReader, traits: DenseTraits, defaults: HFDefaults
+) -> ModelSpec:
     """The spec of a dense model from its Hugging Face config; problems are left in `config`.
 
     Args:
         config: config.json.
         generation: generation_config.json, empty if there is none; its end-of-sequence tokens win.
         traits: What the family file read.
+        defaults: What missing keys mean.
     """
     for key in ("tf_legacy_loss", "add_cross_attention", "is_decoder", "is_encoder_decoder", "use_bfloat16"):
         config.fixed(key, False)
     for key, unchanged in (("rope_interleaved", False), ("tie_encoder_decoder", False), ("pruned_heads", {})):
         config.fixed(key, unchanged)
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", absent=num_heads)
+    missing_kv_heads = num_heads if "num_key_value_heads" in config.values else defaults.num_key_value_heads
+    num_kv_heads = config.integer("num_key_value_heads", absent=missing_kv_heads or num_heads)
     if num_heads % num_kv_heads:
         config.wrong(
             f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads = {num_kv_heads}",
             *("num_attention_heads", "num_key_value_heads"),
         )
-    max_position = config.integer("max_position_embeddings")
+    max_position = config.integer("max_position_embeddings", absent=defaults.max_position_embeddings)
+    rope = rope_from_hf(config, head_dim=traits.head_dim, max_position=max_position)
     bos = config.token_ids("bos_token_id") or ()
     config_eos = config.token_ids("eos_token_id")
     eos = generation.token_ids("eos_token_id") or config_eos or ()
@@ -181,15 +144,15 @@ def spec_from_hf(config: ConfigReader, generation: ConfigReader, traits: DenseTr
         head_dim=traits.head_dim,
         ffn_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
-        max_position=max_position,
-        norm_eps=config.number("rms_norm_eps"),
-        rope=rope_from_hf(config),
-        activation=_activation(config),
+        max_position=rope.max_position,
+        norm_eps=config.number("rms_norm_eps", absent=defaults.rms_norm_eps),
+        rope=rope.spec,
+        activation=_activation(config, defaults.hidden_act),
         qkv_bias=traits.qkv_bias,
         out_bias=traits.out_bias,
         mlp_bias=traits.mlp_bias,
         qk_norm=traits.qk_norm,
-        tie_embeddings=config.boolean("tie_word_embeddings", absent=False),
+        tie_embeddings=config.boolean("tie_word_embeddings", absent=defaults.tie_word_embeddings),
         sliding_window=traits.sliding_window,
         attention_soft_cap=None,
         logit_soft_cap=None,
@@ -210,22 +173,37 @@ def hf_head_dim(config: ConfigReader) -> int:
     return config.integer("head_dim", absent=max(1, hidden_size // num_heads))
 
 
+def hf_no_sliding_window(config: ConfigReader) -> None:
+    """Reads the keys of sliding windows in families that have none: they may only say so."""
+    config.fixed("use_sliding_window", False)
+    types = config.take("layer_types")
+    if isinstance(types, list):
+        _check_layer_types(config, types, [False] * config.integer("num_hidden_layers"))
+    elif types is not None:
+        config.wrong("layer_types is no list")
+    if config.values.get("use_sliding_window") is False or types is not None:
+        for key in ("sliding_window", "max_window_layers"):
+            config.take(key)  # of windows that no layer has
+
+
 def hf_sliding_window(config: ConfigReader) -> int | None:
-    """The window of Qwen configs, which say for each layer whether it slides; only all or none is supported."""
+    """The window of Qwen configs, which say for each layer whether it slides; only all or none is supported.
+
+    Missing keys mean what they mean to Qwen2Config and Qwen3Config in `transformers`.
+    """
     use = config.boolean("use_sliding_window", absent=False)
     num_layers = config.integer("num_hidden_layers")
-    first = config.take("max_window_layers")
+    first = config.integer("max_window_layers", absent=28) if config.values.get("max_window_layers") != 0 else 0
+    config.take("max_window_layers")
     types = config.take("layer_types")
-    window = config.integer("sliding_window", absent=1) if use else config.take("sliding_window")
-    if not use or not config.has("sliding_window"):
+    without = use and "sliding_window" in config.values and not config.has("sliding_window")
+    window = config.integer("sliding_window", absent=4096) if use else config.take("sliding_window")
+    if not use or without:
         slides = [False] * num_layers
     elif isinstance(types, list):
         slides = [kind == "sliding_attention" for kind in types]
-    elif isinstance(first, int):
-        slides = [layer >= first for layer in range(num_layers)]
     else:
-        config.wrong("use_sliding_window = true needs max_window_layers or layer_types")
-        slides = [False]
+        slides = [layer >= first for layer in range(num_layers)]
     if isinstance(types, list):
         _check_layer_types(config, types, slides)
     if any(slides) and not all(slides):
@@ -246,8 +224,8 @@ def _check_layer_types(config: ConfigReader, types: list[object], slides: list[b
         )
 
 
-def _activation(config: ConfigReader) -> Activation:
-    name = config.text("hidden_act")
+def _activation(config: ConfigReader, absent: str) -> Activation:
+    name = config.text("hidden_act", absent=absent)
     if name not in _ACTIVATIONS:
         config.wrong(f"hidden_act = {name!r} is not supported (only {', '.join(_ACTIVATIONS)})", "hidden_act")
     return _ACTIVATIONS.get(name, Activation.SILU)
@@ -284,6 +262,7 @@ def spec_from_gguf(header: GGUFHeader, *, family: str, qk_norm: bool) -> ModelSp
     tokens = ConfigReader(header.metadata, keys.origin)
     tokens.problems = keys.problems
     bos = tokens.token_ids("tokenizer.ggml.bos_token_id") or ()
+    rope = rope_from_gguf(header, head_dim=head_dim, max_position=keys.integer("context_length"))
     return ModelSpec(
         family=family,
         num_layers=keys.integer("block_count"),
@@ -293,22 +272,27 @@ def spec_from_gguf(header: GGUFHeader, *, family: str, qk_norm: bool) -> ModelSp
         head_dim=head_dim,
         ffn_size=_uniform(keys, "feed_forward_length", None),
         vocab_size=vocab_size,
-        max_position=keys.integer("context_length"),
+        max_position=rope.max_position,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope=rope_from_gguf(header, head_dim=head_dim),
+        rope=rope.spec,
         activation=Activation.SILU,
         qkv_bias=GGUF_NAMES["q.bias"].format(layer=0) in shapes,
         out_bias=GGUF_NAMES["o.bias"].format(layer=0) in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
         qk_norm=qk_norm,
         tie_embeddings=GGUF_NAMES["lm_head"] not in shapes,
-        sliding_window=keys.integer("attention.sliding_window") if keys.has("attention.sliding_window") else None,
+        sliding_window=_gguf_window(keys),
         attention_soft_cap=None,
         logit_soft_cap=None,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_gguf_eos(tokens),
         dtype=header.dtype,
     )
+
+
+def _gguf_window(keys: ConfigReader) -> int | None:
+    """The sliding window; 0 is none."""
+    return keys.integer("attention.sliding_window") if keys.take("attention.sliding_window") else None
 
 
 def _uniform(keys: ConfigReader, key: str, absent: int | None) -> int:

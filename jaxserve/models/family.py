@@ -9,7 +9,7 @@ Layouts are written in the dimension letters of the architecture (V D K G H F); 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,14 +80,14 @@ class GGUFHeader:
         reader: The keys that begin with the architecture's name, without that prefix.
         metadata: All keys.
         shapes: Shape of each tensor, outermost dimension first.
-        rope_factors: Contents of `rope_freqs.weight`, [H/2] float32, if the file has it.
+        rope_factors: Contents of those of `rope_config.GGUF_FACTORS` that the file has, [H/2] float32 each.
         dtype: Floating-point type that best holds the stored weights.
     """
 
     reader: ConfigReader
     metadata: Mapping[str, object]
     shapes: Mapping[str, tuple[int, ...]]
-    rope_factors: NDArray[np.float32] | None
+    rope_factors: Mapping[str, NDArray[np.float32]]
     dtype: str
 
 
@@ -101,7 +101,6 @@ class Family:
         gguf_architecture: Its `general.architecture` in GGUF files.
         spec_from_hf: Reads config.json (first) and generation_config.json (second).
         spec_from_gguf: Reads a GGUF header.
-        ignored_config_keys: Keys of config.json that do not change what the model computes.
         hf_weights: Tensors of its safetensors files.
         gguf_weights: Tensors of its GGUF files.
     """
@@ -111,7 +110,6 @@ class Family:
     gguf_architecture: str
     spec_from_hf: Callable[[ConfigReader, ConfigReader], ModelSpec]
     spec_from_gguf: Callable[[GGUFHeader], ModelSpec]
-    ignored_config_keys: Collection[str]
     hf_weights: WeightTable
     gguf_weights: WeightTable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxserve.models import dense
 from jaxserve.models.config_reader import ConfigReader
-from jaxserve.models.dense import DenseTraits
+from jaxserve.models.dense import DenseTraits, HFDefaults
 from jaxserve.models.family import Family, GGUFHeader, WeightTable, dense_rules
 from jaxserve.models.spec import ModelSpec
 
@@ -21,9 +21,19 @@ _GGUF_NAMES = {
     "down.bias": "blk.{layer}.ffn_down.bias",
 }
 
+_DEFAULTS = HFDefaults(
+    num_key_value_heads=None,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+)
+"""Those of LlamaConfig in `transformers`."""
+
 
 def _spec_from_hf(config: ConfigReader, generation: ConfigReader) -> ModelSpec:
     attention_bias = config.boolean("attention_bias", absent=False)
+    dense.hf_no_sliding_window(config)
     traits = DenseTraits(
         family="llama",
         head_dim=dense.hf_head_dim(config),
@@ -33,7 +43,7 @@ def _spec_from_hf(config: ConfigReader, generation: ConfigReader) -> ModelSpec:
         qk_norm=False,
         sliding_window=None,
     )
-    return dense.spec_from_hf(config, generation, traits)
+    return dense.spec_from_hf(config, generation, traits, _DEFAULTS)
 
 
 def _spec_from_gguf(header: GGUFHeader) -> ModelSpec:
@@ -46,7 +56,6 @@ LLAMA = Family(
     gguf_architecture="llama",
     spec_from_hf=_spec_from_hf,
     spec_from_gguf=_spec_from_gguf,
-    ignored_config_keys=dense.IGNORED_CONFIG_KEYS,
     hf_weights=WeightTable(
         rules=dense_rules(_HF_NAMES), ignored=dense.HF_IGNORED, ignored_if_tied=(_HF_NAMES["lm_head"],)
     ),

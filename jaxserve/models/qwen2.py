@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from jaxserve.models import dense
 from jaxserve.models.config_reader import ConfigReader
-from jaxserve.models.dense import DenseTraits
+from jaxserve.models.dense import DenseTraits, HFDefaults
 from jaxserve.models.family import Family, GGUFHeader, WeightTable, dense_rules
 from jaxserve.models.spec import ModelSpec
+
+_DEFAULTS = HFDefaults(
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+)
+"""Those of Qwen2Config in `transformers`."""
 
 
 def _spec_from_hf(config: ConfigReader, generation: ConfigReader) -> ModelSpec:
@@ -21,7 +30,7 @@ def _spec_from_hf(config: ConfigReader, generation: ConfigReader) -> ModelSpec:
         qk_norm=False,
         sliding_window=dense.hf_sliding_window(config),
     )
-    return dense.spec_from_hf(config, generation, traits)
+    return dense.spec_from_hf(config, generation, traits, _DEFAULTS)
 
 
 def _spec_from_gguf(header: GGUFHeader) -> ModelSpec:
@@ -34,7 +43,6 @@ QWEN2 = Family(
     gguf_architecture="qwen2",
     spec_from_hf=_spec_from_hf,
     spec_from_gguf=_spec_from_gguf,
-    ignored_config_keys=dense.IGNORED_CONFIG_KEYS,
     hf_weights=WeightTable(
         rules=dense_rules(dense.HF_NAMES), ignored=dense.HF_IGNORED, ignored_if_tied=(dense.HF_NAMES["lm_head"],)
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxserve.models import dense
 from jaxserve.models.config_reader import ConfigReader
-from jaxserve.models.dense import DenseTraits
+from jaxserve.models.dense import DenseTraits, HFDefaults
 from jaxserve.models.family import Family, GGUFHeader, WeightTable, dense_rules
 from jaxserve.models.spec import ModelSpec
 
@@ -19,19 +19,28 @@ _GGUF_NAMES = {
     "k_norm": "blk.{layer}.attn_k_norm.weight",
 }
 
+_DEFAULTS = HFDefaults(
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+)
+"""Those of Qwen3Config in `transformers`."""
+
 
 def _spec_from_hf(config: ConfigReader, generation: ConfigReader) -> ModelSpec:
     attention_bias = config.boolean("attention_bias", absent=False)
     traits = DenseTraits(
         family="qwen3",
-        head_dim=config.integer("head_dim"),
+        head_dim=config.integer("head_dim", absent=None if "head_dim" in config.values else 128),  # of Qwen3Config
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=False,
         qk_norm=True,
         sliding_window=dense.hf_sliding_window(config),
     )
-    return dense.spec_from_hf(config, generation, traits)
+    return dense.spec_from_hf(config, generation, traits, _DEFAULTS)
 
 
 def _spec_from_gguf(header: GGUFHeader) -> ModelSpec:
@@ -44,7 +53,6 @@ QWEN3 = Family(
     gguf_architecture="qwen3",
     spec_from_hf=_spec_from_hf,
     spec_from_gguf=_spec_from_gguf,
-    ignored_config_keys=dense.IGNORED_CONFIG_KEYS,
     hf_weights=WeightTable(
         rules=dense_rules(_HF_NAMES), ignored=dense.HF_IGNORED, ignored_if_tied=(_HF_NAMES["lm_head"],)
     ),

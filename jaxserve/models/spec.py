@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TypeAlias
 
 
 class Activation(enum.StrEnum):
@@ -42,6 +43,62 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class YarnRopeScaling:
+    """YaRN (arXiv:2309.00071): low frequencies are divided by `factor`, high ones kept, a ramp over those between.
+
+    Attributes:
+        factor: Divisor of the low frequencies.
+        original_max_len: Context length the model was first trained with, in tokens.
+        beta_fast: Dimensions that turn more often than this in `original_max_len` are kept.
+        beta_slow: Dimensions that turn less often than this are divided fully.
+        truncate: Whether the ramp begins and ends at whole dimensions.
+        attention_factor: What cosine and sine are multiplied by.
+    """
+
+    factor: float
+    original_max_len: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv:2402.13753): a divisor for each frequency, of one list up to a length and of another beyond it.
+
+    Which list holds for all positions is decided by the longest sequence that is served; see docs/adr/0009.
+
+    Attributes:
+        short_factors: H/2 divisors where no sequence is longer than `original_max_len`.
+        long_factors: H/2 divisors where one may be.
+        original_max_len: Context length the model was first trained with, in tokens.
+        attention_factor: What cosine and sine are multiplied by, with either list.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_len: int
+    attention_factor: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicRopeScaling:
+    """Dynamic NTK: the base grows with the longest sequence that is served, beyond `original_max_len`; docs/adr/0009.
+
+    Attributes:
+        factor: How far: the base is multiplied by (factor * len / original_max_len - factor + 1) ** (H / (H - 2)).
+        original_max_len: Context length the model was trained with, in tokens.
+    """
+
+    factor: float
+    original_max_len: int
+
+
+RopeScaling: TypeAlias = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling | LongRopeScaling | DynamicRopeScaling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
     """Rotary position embedding (arXiv:2104.09864), rotating the two halves of a head against each other.
 
@@ -51,7 +108,7 @@ class RopeSpec:
     """
 
     theta: float
-    scaling: LinearRopeScaling | Llama3RopeScaling | None
+    scaling: RopeScaling | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +124,7 @@ class ModelSpec:
         head_dim: H.
         ffn_size: F.
         vocab_size: V, rows of the embedding.
-        max_position: Longest context the model was made for, in tokens.
+        max_position: Longest context the model can be served with, in tokens.
         norm_eps: Epsilon of every RMS norm.
         rope: Position embedding.
         activation: Gate of the feed-forward block.
@@ -107,6 +164,14 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+
+    @property
+    def default_max_len(self) -> int:
+        """Longest context served unless a longer one is asked for: where longer ones change shorter ones, not those."""
+        scaling = self.rope.scaling
+        if isinstance(scaling, LongRopeScaling | DynamicRopeScaling):
+            return min(self.max_position, scaling.original_max_len)
+        return self.max_position
 
     @property
     def q_per_kv(self) -> int:

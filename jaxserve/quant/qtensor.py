@@ -40,7 +40,7 @@ def quantize_channels(
 
 
 def contract(
-    x: Shaped[Array, T * inputs], kernel: Shaped[Array, ...], dtype: jnp.dtype, *, inputs_last: bool = False
+    x: Shaped[Array, "T *inputs"], kernel: Shaped[Array, "..."], dtype: jnp.dtype, *, inputs_last: bool = False
 ) -> Shaped[Array, "T ..."]:
     """Sums x over all dimensions but its first against those of a kernel.
 
@@ -66,7 +66,7 @@ def contract(
     return y.reshape(x.shape[0], *outputs)
 
 
-def quantize_rows(x: Float[Array, T * inputs]) -> tuple[Int8[Array, T * inputs], Float[Array, " T"]]:
+def quantize_rows(x: Float[Array, "T *inputs"]) -> tuple[Int8[Array, "T *inputs"], Float[Array, " T"]]:
     """Dynamic symmetric quantisation of activations, one scale a row."""
     x32 = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x32), axis=tuple(range(1, x.ndim)))
@@ -75,12 +75,12 @@ def quantize_rows(x: Float[Array, T * inputs]) -> tuple[Int8[Array, T * inputs],
 
 
 def int8_matmul(
-    x: Float[Array, T * inputs],
-    values: Int8[Array, ...],
+    x: Float[Array, "T *inputs"],
+    values: Int8[Array, "..."],
     scale: Float[Array, "*outputs"],
     *,
     inputs_last: bool = False,
-) -> Float[Array, T * outputs]:
+) -> Float[Array, "T *outputs"]:
     """`x @ (values * scale)` with x quantised per row, accumulated in int32, returned in float32.
 
     Args:

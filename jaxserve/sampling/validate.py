@@ -52,6 +52,12 @@ class SamplingLimits:
     max_bad_words: int = MAX_BAD_WORDS
     max_bad_word_len: int = MAX_BAD_WORD_LEN
 
+    def __post_init__(self) -> None:
+        # They are scattered to with `min_tokens`: one outside would fail or spoil the whole step.
+        outside = [token_id for token_id in self.eos_token_ids if not 0 <= token_id < self.vocab_size]
+        if outside:
+            raise ValueError(f"eos_token_ids {outside} are outside the vocabulary [0, {self.vocab_size})")
+
 
 def validate_sampling(params: SamplingParams, limits: SamplingLimits) -> None:
     """Refuses parameters that are out of range or do not fit the sampler's state.

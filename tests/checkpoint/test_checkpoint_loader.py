@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from checkpoint_files import LLAMA, QWEN2, QWEN3, expected_params, random_tensors, write_folder, write_gguf
 
-from jaxserve.checkpoint import rules
-from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, load_params, load_spec
+from jaxserve.checkpoint import rules, tied
+from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, load_params, load_spec, spec_of
 from jaxserve.core.errors import CheckpointError
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import spec_from_hf
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import LongRopeScaling, ModelSpec
 from jaxserve.quant.qtensor import quantize_channels
 from jaxserve.sharding.mesh import make_mesh
 
@@ -169,6 +169,96 @@ def test_known_surplus_tensors_are_ignored_and_only_those(tmp_path: Path) -> Non
     write_folder(tmp_path / "untied", LLAMA, tensors | {"lm_head.bias": np.ones(40, np.float32)})
     with pytest.raises(CheckpointError, match=r"missing: lm_head.weight; unexpected: lm_head.bias"):
         loaded(hf(tmp_path / "untied"))
+
+
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_head_that_is_not_the_embedding_is_used(tmp_path: Path, place: str, num_files: int) -> None:
+    """Whatever the config says, as in transformers; one number is enough."""
+    untied = spec_from_hf(LLAMA, {}, "config.json")
+    tensors = random_tensors(untied)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[(0, 0) if place == "first" else (-1, -1)] += 1
+    tensors["lm_head.weight"] = head
+    write_folder(tmp_path, TIED, tensors, num_files=num_files)
+    spec, params = loaded(hf(tmp_path))
+    assert not spec.tie_embeddings
+    assert_same(params, expected_params(untied, tensors))
+    assert spec_of(str(tmp_path)) == spec
+
+
+@pytest.mark.parametrize("rows", [7, 40, 4096])
+def test_a_head_that_repeats_the_embedding_is_the_embedding(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, NaN included, or number for number where it is stored in another type."""
+    monkeypatch.setattr(tied, "_ROWS", rows)
+    spec = spec_from_hf(TIED, {}, "config.json")
+    tensors = random_tensors(spec)
+    tensors["model.embed_tokens.weight"][3, 1] = np.nan
+    write_folder(tmp_path / "same", TIED, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
+    found, params = loaded(hf(tmp_path / "same"))
+    assert found == spec
+    assert_same(params, expected_params(spec, tensors))
+    tensors["model.embed_tokens.weight"] = np.ones((40, 32), np.float32)
+    head = np.ones((40, 32), jnp.bfloat16)
+    write_folder(tmp_path / "rounded", TIED, {**tensors, "lm_head.weight": head})
+    assert loaded(hf(tmp_path / "rounded"))[0] == spec
+    head[39, 31] = 2
+    write_folder(tmp_path / "other", TIED, {**tensors, "lm_head.weight": head})
+    assert not loaded(hf(tmp_path / "other"))[0].tie_embeddings
+
+
+def test_a_head_that_is_stored_alone_is_the_embedding_too(tmp_path: Path) -> None:
+    spec = spec_from_hf(TIED, {}, "config.json")
+    tensors = random_tensors(spec)
+    renamed = {("lm_head.weight" if "embed" in name else name): value for name, value in tensors.items()}
+    write_folder(tmp_path, TIED, renamed)
+    found, params = loaded(hf(tmp_path))
+    assert found == spec
+    assert_same(params, expected_params(spec, tensors))
+
+
+def test_embeddings_that_fit_neither_way_are_refused(tmp_path: Path) -> None:
+    spec = spec_from_hf(TIED, {}, "config.json")
+    tensors = random_tensors(spec)
+    head = np.zeros((41, 32), np.float32)
+    write_folder(tmp_path / "larger", TIED, {**tensors, "lm_head.weight": head})
+    with pytest.raises(CheckpointError, match=r"wrong shape: lm_head\.weight has 41x32, not 40x32"):
+        loaded(hf(tmp_path / "larger"))
+    del tensors["model.embed_tokens.weight"]
+    write_folder(tmp_path / "neither", TIED, tensors)
+    with pytest.raises(CheckpointError, match=r"missing: model\.embed_tokens\.weight"):
+        loaded(hf(tmp_path / "neither"))
+    # The loader does not trust the spec it is given either.
+    write_folder(tmp_path / "other", TIED, {**random_tensors(spec), "lm_head.weight": head[:40]})
+    abstract = abstract_params(spec, dtype=jnp.dtype(jnp.float32))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not the embedding that the model ties it to"):
+        load_params(hf(tmp_path / "other"), spec, abstract, mesh=make_mesh())
+
+
+def test_biases_that_the_config_denies_are_refused(tmp_path: Path) -> None:
+    tensors = random_tensors(spec_from_hf({**LLAMA, "attention_bias": True}, {}, "config.json"))
+    write_folder(tmp_path, LLAMA, tensors)
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.self_attn\.k_proj\.bias"):
+        loaded(hf(tmp_path))
+
+
+def test_rope_tensors_of_a_gguf_are_used(tmp_path: Path) -> None:
+    spec = spec_from_hf(LLAMA, {}, "config.json")
+    tensors = random_tensors(spec)
+    keys = {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.original_context_length": 64}
+    short, long = np.array([1, 2], np.float32), np.array([3, 4], np.float32)
+    extra = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
+    path = write_gguf(tmp_path / "model.gguf", spec, tensors, keys=keys, extra=extra)
+    found, params = loaded(CheckpointSource(kind=SourceKind.GGUF, path=path, name="model"))
+    assert found.rope.scaling == LongRopeScaling(
+        short_factors=(1.0, 2.0), long_factors=(3.0, 4.0), original_max_len=64, attention_factor=1.0
+    )
+    assert_same(params, expected_params(spec, tensors))
 
 
 def test_a_long_list_of_mismatches_is_cut(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ MIB = 1 << 20
 CPU = Facts(
     platform="cpu",
     max_position=8192,
+    default_max_len=8192,
     checkpoint_dtype="bfloat16",
     device_memory_bytes=None,
     weight_bytes=540 * MIB,
@@ -56,6 +57,7 @@ class TestLoad:
             "enable_prefix_caching": ("false", False),
             "memory_fraction": ("0.5", 0.5),
             "served_model_name": ("a,b", ("a", "b")),
+            "ignore_config_keys": ("a,rope_scaling.b", ("a", "rope_scaling.b")),
             "api_key": ("a,b", ("a", "b")),
             "trusted_proxies": ("10.0.0.0/8,::1", ("10.0.0.0/8", "::1")),
             "min_priority": ("-7", -7),
@@ -313,7 +315,7 @@ class TestResolve:
         assert few.seq_buckets == (8,)
         assert few.token_buckets == (8, 256, 512, 1024)
         assert (resolved.dtype, resolved.page_size) == ("bfloat16", 64)
-        far = replace(TPU, max_position=40960, weight_bytes=1 << 30, kv_bytes_per_token=16384)
+        far = replace(TPU, max_position=40960, default_max_len=40960, weight_bytes=1 << 30, kv_bytes_per_token=16384)
         assert [resolve(ServeConfig(max_num_seqs=n), far).page_size for n in (128, 512)] == [64, 64]
         assert resolve(ServeConfig(), replace(far, platform="gpu")).page_size == 64
         assert resolve(ServeConfig(page_size=16), far).page_size == 16

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -14,6 +17,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxserve.checkpoint.loader import Hold
+from jaxserve.checkpoint.presets import default_presets_dir, read_preset
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, spec_of
 from jaxserve.cli import main
 from jaxserve.core.config import ServeConfig
@@ -22,14 +26,17 @@ from jaxserve.engine.compile import Executables
 from jaxserve.engine.programs import Program, Replica, programs
 from jaxserve.launch.aot import config_for
 from jaxserve.launch.build import build_engine, find_model, plan_replica, require_attention
+from jaxserve.launch.estimate import Workload
+from jaxserve.launch.fit import fit
 from jaxserve.launch.loading import load_and_compile
 from jaxserve.models.params import Held, ParamInfo
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import DynamicRopeScaling, ModelSpec
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
 MODEL = "random:smollm2-135m"
 SPEC = spec_of(MODEL)
+TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
 MOST_PAGES = (2**31 - 1) // SPEC.num_layers
 
 
@@ -74,6 +81,41 @@ def test_pages_of_all_layers_have_a_number() -> None:
     assert replica.layout.num_pages == MOST_PAGES
     with pytest.raises(ConfigError, match=f"={MOST_PAGES + 1} is too many: 30 layers have room for {MOST_PAGES}"):
         plan_replica(replace(config, num_pages=MOST_PAGES + 1), SPEC, make_mesh())
+
+
+def test_lengths_that_change_positions_are_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    """The default is the length at which all positions are as trained."""
+    rope = replace(SPEC.rope, scaling=DynamicRopeScaling(factor=4.0, original_max_len=2048))
+    spec = replace(SPEC, max_position=8192, rope=rope)
+    with caplog.at_level(logging.WARNING):
+        assert plan_replica(ServeConfig(model=MODEL), spec, make_mesh())[1].max_model_len == 2048
+        assert not caplog.records
+        longer = ServeConfig(model=MODEL, max_model_len=8192)
+        assert plan_replica(longer, spec, make_mesh())[1].max_model_len == 8192
+    assert "max_model_len=8192 is beyond the 2048 tokens" in caplog.text
+    with pytest.raises(ConfigError, match="max_model_len=8193 is beyond the model's 8192 positions"):
+        plan_replica(replace(longer, max_model_len=8193), spec, make_mesh())
+
+
+def test_keys_are_passed_over_wherever_a_model_is_read(tmp_path: Path) -> None:
+    shutil.copytree(TEXT_DATA / "llama3_folder", tmp_path, dirs_exist_ok=True)
+    preset = read_preset("smollm2-135m", default_presets_dir())
+    assert preset is not None
+    (tmp_path / "config.json").write_text(json.dumps({**preset.config, "novelty": 3}))
+    config = ServeConfig(model=str(tmp_path))
+    passing = replace(config, ignore_config_keys=("novelty",))
+    with pytest.raises(CheckpointError, match=r"unknown key novelty = 3\. .* --ignore-config-keys novelty$"):
+        find_model(config)
+    assert find_model(passing).spec == SPEC
+    workload = Workload(input_len=16, output_len=16, concurrency=1)
+    with pytest.raises(CheckpointError, match="--ignore-config-keys novelty"):
+        fit(str(tmp_path), workload, settings={})
+    assert fit(str(tmp_path), workload, settings={"ignore_config_keys": "novelty"})
+
+
+def test_more_ends_of_sequence_than_the_sampler_holds() -> None:
+    with pytest.raises(CheckpointError, match="has 65 end-of-sequence tokens; at most 64"):
+        plan_replica(ServeConfig(model=MODEL), replace(SPEC, eos_token_ids=tuple(range(65))), make_mesh())
 
 
 def test_a_load_that_fails_ends_the_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from jaxserve.launch.build import Model, build_engine, plan_replica
 from jaxserve.launch.bundle import MANIFEST, Bundle, open_bundle, read_key, require_place, write_bundle
 from jaxserve.launch.compile import compile_bundle
 from jaxserve.launch.origin import Origin, compiler_flags, spec_digest
+from jaxserve.models.spec import DynamicRopeScaling, LinearRopeScaling, YarnRopeScaling
 from jaxserve.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -499,6 +500,16 @@ def test_a_model_is_itself_in_every_form() -> None:
     assert spec_digest(replace(spec, norm_eps=9.999999747378752e-06)) == spec_digest(spec)
     assert spec_digest(replace(spec, norm_eps=1e-6)) != spec_digest(spec)
     assert spec_digest(replace(spec, rope=replace(spec.rope, theta=10001.0))) != spec_digest(spec)
+    yarn = YarnRopeScaling(
+        factor=4.0, original_max_len=64, beta_fast=32.0, beta_slow=1.0, truncate=True, attention_factor=1.0
+    )
+    scalings = [
+        *(yarn, replace(yarn, truncate=False), replace(yarn, attention_factor=1.1)),
+        *(DynamicRopeScaling(factor=factor, original_max_len=64) for factor in (2.0, 4.0)),
+        LinearRopeScaling(factor=4.0),
+    ]
+    digests = {spec_digest(replace(spec, rope=replace(spec.rope, scaling=each))) for each in scalings}
+    assert len(digests | {spec_digest(spec)}) == len(scalings) + 1
 
 
 def test_flags_of_serve() -> None:

@@ -326,7 +326,7 @@ def test_more_requests_than_serve_runs_by_default_get_their_slots(monkeypatch: p
     ("settings", "message"),
     [
         ({}, "Sequences of 131000 [+] 256 tokens are longer than the 131072 that the model has positions for"),
-        ({"max_model_len": "2048"}, "longer than the 2048 that --max-model-len allows; lower --input-len"),
+        ({"max_model_len": "2048"}, "longer than the 2048 that --max-model-len allows; raise it, or lower --input-len"),
     ],
 )
 def test_sequences_that_are_too_long(settings: dict[str, str], message: str) -> None:

@@ -50,12 +50,12 @@ def expected_frequency(spec: RopeSpec, head_dim: int, pair: int) -> float:
 )
 def test_rope_frequencies(spec: RopeSpec, head_dim: int) -> None:
     expected = [expected_frequency(spec, head_dim, pair) for pair in range(head_dim // 2)]
-    np.testing.assert_allclose(inverse_frequencies(spec, head_dim), expected, rtol=1e-5)
+    np.testing.assert_allclose(inverse_frequencies(spec, head_dim, 1), expected, rtol=1e-5)
 
 
 def test_llama3_scaling_has_all_three_ranges() -> None:
-    plain = inverse_frequencies(RopeSpec(theta=500000.0, scaling=None), 128)
-    ratio = plain / inverse_frequencies(RopeSpec(theta=500000.0, scaling=LLAMA3), 128)
+    plain = inverse_frequencies(RopeSpec(theta=500000.0, scaling=None), 128, 1)
+    ratio = plain / inverse_frequencies(RopeSpec(theta=500000.0, scaling=LLAMA3), 128, 1)
     assert ratio[0] == pytest.approx(1)
     assert ratio[-1] == pytest.approx(8)
     assert np.sum((ratio > 1.01) & (ratio < 7.99)) >= 3
@@ -64,7 +64,7 @@ def test_llama3_scaling_has_all_three_ranges() -> None:
 def test_rotation_turns_pairs_as_complex_numbers() -> None:
     spec, positions = RopeSpec(theta=10000.0, scaling=None), np.array([0, 1, 7, 200], np.int32)
     x = RNG.standard_normal((4, 3, 16)).astype(np.float32)
-    got = np.asarray(rotate(jnp.asarray(x), rotation(spec, 16, jnp.asarray(positions))))
+    got = np.asarray(rotate(jnp.asarray(x), rotation(spec, 16, jnp.asarray(positions), 1)))
     turn = np.exp(1j * positions[:, None] * 10000.0 ** (-np.arange(8) / 8))
     turned = (x[..., :8] + 1j * x[..., 8:]) * turn[:, None]
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)

@@ -42,7 +42,12 @@ def batch_of(context_lens: NDArray[np.int32], new_lens: NDArray[np.int32]) -> Ra
 
 
 def logprobs_of(
-    spec: ModelSpec, params: dict[str, jax.Array], prompts: Sequence[NDArray[np.int32]], outputs: NDArray[np.int32]
+    spec: ModelSpec,
+    params: dict[str, jax.Array],
+    prompts: Sequence[NDArray[np.int32]],
+    outputs: NDArray[np.int32],
+    *,
+    max_len: int = PAGE_SIZE * PAGES_PER_SEQ,
 ) -> list[NDArray[np.float32]]:
     """Log-probabilities after every token of every text, float32: the prompts at once, the [S, n] outputs by column."""
     blueprint = Blueprint.of(spec, dtype=jnp.dtype(jnp.float32), mesh=make_mesh())
@@ -52,7 +57,7 @@ def logprobs_of(
         params: dict[str, jax.Array], token_ids: jax.Array, pool: jax.Array, batch: RaggedBatch
     ) -> tuple[jax.Array, jax.Array]:
         decoder = blueprint.bind(params)
-        hidden, pool = decoder(token_ids, pool, batch)
+        hidden, pool = decoder(token_ids, pool, batch, max_len=max_len)
         return jax.nn.log_softmax(decoder.logits(hidden), axis=-1), pool
 
     new_lens = np.array([len(prompt) for prompt in prompts], np.int32)

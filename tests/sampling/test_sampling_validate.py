@@ -84,3 +84,11 @@ def test_stop_ids_include_the_models_and_no_duplicates() -> None:
 def test_validation_needs_no_jax() -> None:
     code = "import sys, jaxserve.sampling.validate; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_end_of_sequence_tokens_are_in_the_vocabulary() -> None:
+    """`min_tokens` bans them by scattering to them: one outside would spoil the step of its neighbours."""
+    assert SamplingLimits(vocab_size=100, max_model_len=50, eos_token_ids=(0, 99)).eos_token_ids == (0, 99)
+    for outside in (-1, 100, 1 << 40):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            SamplingLimits(vocab_size=100, max_model_len=50, eos_token_ids=(2, outside))

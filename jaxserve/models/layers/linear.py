@@ -79,7 +79,7 @@ class Linear(nnx.Module):
         self.scale = param(out_shape, out_axes, jnp.dtype(jnp.float32)) if quantized else None
         self.bias = param(out_shape, out_axes, numerics.dtype) if bias else None
 
-    def __call__(self, x: Float[Array, T * inputs]) -> Float[Array, T * outputs]:
+    def __call__(self, x: Float[Array, "T *inputs"]) -> Float[Array, "T *outputs"]:
         """Maps each row; the product is accumulated in float32 (int32 if quantised) and returned in x's dtype."""
         kernel = from_storage(self.kernel[...])
         if self.scale is not None:

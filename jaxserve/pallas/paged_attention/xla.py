@@ -214,12 +214,7 @@ def _update(
     query: Float[Array, "B K Q H"],
     keys: Float[Array, "B C K H"],
     values: Float[Array, "B C K H"],
-    visible: Bool[
-        Array,
-        (
-            B  # Q C
-        ),
-    ],
+    visible: Bool[Array, "B #Q C"],
     soft_cap: float | None,
 ) -> Softmax:
     logits = jnp.einsum("bkqh,bckh->bkqc", query, keys, precision=EXACT)

@@ -22,8 +22,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 TOLERANCE = 1e-4
 
 SMOLLM2_TOLERANCE = 2e-4
-"""Thirty layers of float32: with sums in another order, as processors differ in, ours moves by up to 1.3e-4, torch's by up
-to 1.5e-4."""
+"""Thirty layers of float32: with sums in another order, as processors differ in, ours moves by up to 1.3e-4, torch's by
+up to 1.5e-4."""
 
 PAGE_SIZE = 16
 PAGES_PER_SEQ = 16

@@ -79,6 +79,19 @@ def admission_reserve(num_running: int, num_pages: int, watermark: float) -> int
     return min(num_running, math.ceil(watermark * num_pages))
 
 
+def chunk_tokens(num_uncomputed: int, budget: int, config: SchedulerConfig, *, contended: bool) -> int:
+    """Tokens of a prompt that a step computes.
+
+    Args:
+        num_uncomputed: Tokens of it that are left.
+        budget: Tokens that the step has room for.
+        config: Limits.
+        contended: Whether other prompts wait; then a long one takes no more than its share.
+    """
+    size = min(num_uncomputed, budget)
+    return min(size, config.long_prefill_token_threshold) if contended else size
+
+
 def bucket_of(num_tokens: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds `num_tokens`, which must not exceed the largest."""
     return buckets[bisect_left(buckets, num_tokens)]

@@ -371,4 +371,4 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     held = vars(bench.scheduler)
     assert not held["_requests"]
     assert not held["_waiting"]
-    assert not held["_running"]
+    assert not held["_slots"]

@@ -113,6 +113,9 @@ class ServeConfig:
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"
     )
+    step_timeout_s: float = declare(
+        300.0, number(0.001, 86400), "seconds of one step after which /ready fails; /health fails after twice as many"
+    )
     drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
     cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")

@@ -33,6 +33,7 @@ from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.programs import Replica
 from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.watchdog import Watchdog
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout, held_heads
 from jaxserve.launch.bundle import Bundle, open_bundle, read_key
@@ -234,6 +235,7 @@ def build_engine(
         limits=replica.limits,
         observer=observer,
         num_compiles=lambda: counter.count,
+        watchdog=Watchdog(config.step_timeout_s),
     )
     logger.info(
         "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages

@@ -106,7 +106,9 @@ class ServeConfig:
     long_prefill_token_threshold: int | None = declare(
         None, integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
     )
-    max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
+    max_waiting: int = declare(
+        1024, integer(0), "sequences that may wait before requests are refused with a 429; of one client at most 72 %"
+    )
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from jaxserve.engine.fairness import VirtualTokenCounter
 from jaxserve.engine.policy import SchedulerConfig, admission_reserve, chunk_tokens
 from jaxserve.engine.preemption import Preemption
 from jaxserve.engine.queue import WaitingQueue
@@ -22,10 +23,11 @@ class Admission:
         slots: Where sequences run.
         waiting: Where they come from.
         preemption: Takes pages from forks that wait.
+        fair: Is told which prompts are computed for whom.
         clock: Seconds, monotonic.
     """
 
-    __slots__ = ("_clock", "_config", "_kv", "_preemption", "_slots", "_waiting")
+    __slots__ = ("_clock", "_config", "_fair", "_kv", "_preemption", "_slots", "_waiting")
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class Admission:
         slots: Slots,
         waiting: WaitingQueue,
         preemption: Preemption,
+        fair: VirtualTokenCounter,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -41,6 +44,7 @@ class Admission:
         self._slots = slots
         self._waiting = waiting
         self._preemption = preemption
+        self._fair = fair
         self._clock = clock
 
     def admit(self, plan: Plan) -> None:
@@ -75,7 +79,7 @@ class Admission:
                 self._kv.fork(parent.table, child.table, child.num_prompt)
                 child.num_computed = child.num_prompt - 1
                 child.first.num_cached_tokens = parent.first.num_cached_tokens
-                self._waiting.num_blocked -= 1
+                self._waiting.remove(child)
                 self._waiting.add(child)
 
     def _begin(self, sequence: Sequence) -> tuple[tuple[int, int], ...] | None:
@@ -96,4 +100,5 @@ class Admission:
         sequence.num_computed = cached
         if first.num_cached_tokens < 0:
             first.num_cached_tokens = min(cached, sequence.num_prompt)
+            self._fair.charge_input(sequence.account, sequence.num_prompt - first.num_cached_tokens)
         return ()

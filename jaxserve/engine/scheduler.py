@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from random import Random
 
 from jaxserve.core.errors import InvalidRequestError
@@ -20,7 +21,9 @@ from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.admission import Admission
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences
+from jaxserve.engine.fairness import VirtualTokenCounter
+from jaxserve.engine.intake import Load, check_fits, check_room, new_sequences
+from jaxserve.engine.pace import Pace
 from jaxserve.engine.policy import SchedulerConfig, chunk_tokens
 from jaxserve.engine.preemption import Preemption
 from jaxserve.engine.queue import WaitingQueue
@@ -55,12 +58,14 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._random = random or Random()
-        self._waiting = WaitingQueue()
+        self._fair = VirtualTokenCounter(config.fairness, clock)
+        self._waiting = WaitingQueue(self._fair, config.aging_s, clock)
         self._slots = Slots(config.max_num_seqs)
-        self._preemption = Preemption(kv, self._slots, self._waiting)
-        self._admission = Admission(config, kv, self._slots, self._waiting, self._preemption, clock)
+        self._preemption = Preemption(kv, self._slots, self._waiting, self._fair)
+        self._admission = Admission(config, kv, self._slots, self._waiting, self._preemption, self._fair, clock)
         self._requests: dict[str, list[Sequence]] = {}
-        self._departures = Departures()
+        self._pace = Pace()
+        self._committed_s = 0.0
         self._next_seq_id = 0
         self._next_step_id = 0
 
@@ -97,13 +102,12 @@ class Scheduler:
         Raises:
             InvalidRequestError: Its priority is out of range, its id is in use, or it has too many sequences for ever.
             ContextLengthError: It fits neither the context nor the pool.
-            QueueFullError: The slots are taken and the queue is at its bound.
+            QueueFullError: The slots are taken and the queue is at its bound, or the client's share of it is used up.
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
         check_fits(request, self._config, self._kv)
-        wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
-        check_room(request.n, self.num_waiting + self.num_running, self._config, retry_after_s=wait_s)
+        self._check_room(request)
         seed = request.sampling.seed
         sequences = new_sequences(
             request,
@@ -113,11 +117,11 @@ class Scheduler:
             seed=self._random.getrandbits(63) if seed is None else seed,
             arrival_s=self._clock(),
             first_id=self._next_seq_id,
+            account=self._fair.open(request.client, request.n),
         )
         self._next_seq_id += request.n
         self._requests[request.request_id] = sequences
-        self._waiting.num_blocked += request.n - 1
-        self._waiting.add(sequences[0])
+        self._waiting.arrive(sequences[0], sequences[1:])
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """Ends a request's sequences in whatever state they are; unknown ids give no events."""
@@ -144,6 +148,9 @@ class Scheduler:
         Returns:
             An event for each sequence that got a token.
         """
+        now = self._clock()
+        self._pace.note_step(step.num_tokens, now - max(step.scheduled_s, self._committed_s))
+        self._committed_s = now
         events: list[TokenEvent] = []
         offset = 0
         for index, item in enumerate(step.items):
@@ -155,6 +162,7 @@ class Scheduler:
                 collect_prompt_logprobs(sequence, item, result.prompt, row)
             if item.samples:
                 sequence.num_in_flight -= 1
+                sequence.terms.account.output_tokens += 1
                 sequence.token_ids.append(result.token_ids[index])
             computed = item.start + item.num_tokens
             if computed // self._kv.page_size > sequence.table.num_registered:
@@ -189,6 +197,7 @@ class Scheduler:
         """Raises AssertionError unless sequences, slots and pages agree."""
         live = [s for sequences in self._requests.values() for s in sequences]
         self._kv.check_integrity(s.table for s in live)
+        self._fair.check_integrity()
         self._slots.check_integrity()
         self._waiting.check_integrity(live)
         assert len(live) <= self._config.capacity
@@ -198,27 +207,37 @@ class Scheduler:
             assert 0 <= sequence.num_in_flight <= 1
             assert len(sequence.pages) >= self._kv.pages_for(sequence.num_computed)
 
+    def _check_room(self, request: Request) -> None:
+        config, account = self._config, self._fair.find(request.client) if request.client else None
+        load = Load(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            client_waiting=0 if account is None else account.num_waiting,
+        )
+        capacity = config.client_capacity if request.client else config.capacity
+        check_room(request.n, load, config, seconds_until=self._seconds_until, capacity=capacity)
+
+    def _seconds_until(self, num_ends: int) -> float:
+        """Seconds until so many sequences have ended, of those that run and those that are about to."""
+        num_free = self._config.max_num_seqs - len(self._slots)
+        return self._pace.seconds_until(num_ends, (*self._slots.sequences, *islice(self._waiting, num_free)))
+
     def _plan_decodes(self, plan: Plan) -> None:
-        """Every decoding sequence goes on by one token; those of the worst rank make room for the others."""
-        index = 0
-        running = self._slots.sequences
-        while index < len(running):
-            sequence = running[index]
-            index += 1
+        """Every decoding sequence goes on by one token; if pages run out, some make room for the others."""
+        for sequence in tuple(self._slots.sequences):
             if sequence.status is not SequenceStatus.DECODING:
-                continue
+                continue  # its prompt is under way, or it has just made room
             position = sequence.num_computed
             if len(sequence.token_ids) + sequence.num_in_flight >= sequence.terms.max_len:
                 continue  # the token in flight is its last
-            copies = self._kv.make_writable(sequence.table, position)
-            while copies is None:
-                if not self._preemption.make_room(sequence):
+            while (copies := self._kv.make_writable(sequence.table, position)) is None:
+                victim = self._preemption.make_room()
+                if victim is sequence:
                     break
-                copies = self._kv.make_writable(sequence.table, position)
-            if copies is None:
-                self._preemption.preempt(sequence)
-                break  # it was the last one
-            plan.add(sequence, position, 1, copies)
+                if victim is not None:
+                    plan.drop(victim)
+            else:
+                plan.add(sequence, position, 1, copies)
 
     def _plan_chunks(self, plan: Plan) -> None:
         """Prompts that are under way get what is left of the budget, none more than its share while others wait."""
@@ -260,7 +279,8 @@ class Scheduler:
             num_decodes=len(singles),
             num_tokens=plan.num_tokens,
             admitted=tuple(plan.admitted),
-            page_copies=tuple(plan.copies),
+            scheduled_s=self._clock(),
+            page_copies=tuple(copy for copies in plan.copies.values() for copy in copies),
         )
 
     def _advance(self, sequence: Sequence, result: StepResult, index: int) -> TokenEvent:
@@ -274,7 +294,7 @@ class Scheduler:
             reason = FinishReason.LENGTH
         event = token_event(sequence, result, index, reason, self._clock)
         if reason is not None:
-            self._forget(sequence)
+            self._forget(sequence, stopped=reason is FinishReason.STOP)
         return event
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
@@ -283,17 +303,15 @@ class Scheduler:
             request_id=sequence.request.request_id, index=sequence.index, finish_reason=reason, error=error
         )
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence, *, stopped: bool = False) -> None:
         """Takes a sequence out of every place that holds it."""
-        match sequence.status:
-            case SequenceStatus.BLOCKED:
-                self._waiting.num_blocked -= 1
-            case SequenceStatus.WAITING:
-                self._waiting.remove(sequence)
-            case _:
-                self._slots.leave(sequence)
+        if sequence.slot < 0:
+            self._waiting.remove(sequence)
+        else:
+            self._slots.leave(sequence)
+        self._pace.note_end(sequence, stopped=stopped)
+        self._fair.close(sequence.account, self._waiting.floor)
         self._kv.release(sequence.table)
-        self._departures.note(self._clock())
         sequence.status = SequenceStatus.FINISHED
         sequence.epoch += 1
         siblings = self._requests[sequence.request.request_id]

@@ -116,7 +116,7 @@ async def test_time_without_work_is_no_step() -> None:
             request = Request(request_id=f"r{number}", prompt=(1,), sampling=REQUEST.sampling)
             async with asyncio.timeout(30):
                 await collect(engine.stream(request))
-                while engine.stats().step_age_s or engine.stats().num_running:
+                while engine._watchdog._since_s is not None:
                     await asyncio.sleep(0.001)
     clock.now += 10 * LIMIT_S
     assert engine.health() == Health(alive=True, ready=False, reason="The engine is closed.")

@@ -109,7 +109,9 @@ class ServeConfig:
     long_prefill_token_threshold: int | None = declare(
         None, integer(1), "most tokens of one prompt a step computes while others wait", none="auto"
     )
-    max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
+    max_waiting: int = declare(
+        1024, integer(0), "sequences that may wait before requests are refused with a 429; of one client at most 72 %"
+    )
     chat_template: Path | None = declare(
         None, Path, "file with the Jinja chat template to use (none: the model's own)", none="none"
     )
@@ -129,6 +131,9 @@ class ServeConfig:
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"
+    )
+    step_timeout_s: float = declare(
+        300.0, number(0.001, 86400), "seconds of one step after which /ready fails; /health fails after twice as many"
     )
     drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")

@@ -49,6 +49,7 @@ class EngineStats:
         num_preemptions: Times a sequence gave its pages back and started over.
         num_compiles_after_ready: Programs compiled after the engine said it was ready; must stay 0.
         num_steps: Steps executed.
+        step_age_s: Seconds since the oldest step under way was taken up; 0 when nothing runs.
     """
 
     num_waiting: int = 0
@@ -59,6 +60,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_compiles_after_ready: int = 0
     num_steps: int = 0
+    step_age_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +68,8 @@ class Health:
     """Whether an engine can serve.
 
     Attributes:
-        alive: False once the device is lost; the process should be restarted.
-        ready: True when every program is compiled and requests are accepted.
+        alive: False once the device is lost, or has not answered for long; the process should be restarted.
+        ready: True when every program is compiled, requests are accepted and no step is overdue.
         reason: One sentence when either is False.
     """
 

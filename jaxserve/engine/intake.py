@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
 from jaxserve.core.types import RANDOM_SEED, Request, SamplingParams
-from jaxserve.engine.policy import MAX_PRIORITY, SchedulerConfig
+from jaxserve.engine.fairness import Account
+from jaxserve.engine.policy import MAX_PRIORITY, QUEUE_SHARE, SchedulerConfig
 from jaxserve.engine.sequence import Sequence, Terms
 from jaxserve.kv.manager import KVManager
 
 SEED_MASK = (1 << 64) - 1
 """Seeds are taken modulo 2**64: every signed and unsigned 64-bit seed has noise of its own."""
 
-MAX_RETRY_S = 30
+MAX_RETRY_S = 600
 """Longest wait that is asked of a client."""
 
 
-class Departures:
-    """When the last sequences ended: how fast the queue moves."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What is there when a request comes.
 
-    def __init__(self) -> None:
-        self._ended_s: deque[float] = deque(maxlen=64)
+    Attributes:
+        num_waiting: Sequences without a slot.
+        num_running: Sequences with one.
+        client_waiting: Of those without a slot, the client's; 0 for requests without a client, which have no share.
+    """
 
-    def note(self, now_s: float) -> None:
-        """A sequence has ended."""
-        self._ended_s.append(now_s)
-
-    def retry_after_s(self, num_waiting: int, now_s: float) -> int:
-        """Seconds until those who wait now are likely to have had their turn, in [1, MAX_RETRY_S].
-
-        While nothing is known, because nothing has ended yet, that is 1.
-        """
-        if not self._ended_s:
-            return 1
-        seconds_each = (now_s - self._ended_s[0]) / len(self._ended_s)
-        return max(1, min(MAX_RETRY_S, math.ceil(num_waiting * seconds_each)))
+    num_waiting: int
+    num_running: int
+    client_waiting: int
 
 
 def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None:
@@ -65,25 +61,45 @@ def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None
         )
 
 
-def check_room(num_new: int, num_here: int, config: SchedulerConfig, *, retry_after_s: int) -> None:
+def check_room(
+    num_new: int, load: Load, config: SchedulerConfig, *, seconds_until: Callable[[int], float], capacity: int
+) -> None:
     """Refuses what must come back later. Those for whom a slot is free need no place in the queue.
+
+    A client with nothing in the queue gets any place that is left. One that has something there gets no reserved place,
+    and of the others it may have `QUEUE_SHARE` times as many as are left. So there is room for others, however many
+    clients flood the queue.
 
     Args:
         num_new: Sequences that want to be let in.
-        num_here: Sequences that have not ended, running or waiting.
+        load: Who is here.
         config: Limits.
-        retry_after_s: When to come back.
+        seconds_until: Seconds until so many sequences have ended.
+        capacity: Sequences of the client that fit when nobody else is here.
 
     Raises:
-        QueueFullError: They would be more than the slots and the queue hold.
+        QueueFullError: There are too few places, or the client would have more than its share of them.
     """
-    if num_here + num_new > config.capacity:
-        raise QueueFullError(
+    num_here = load.num_waiting + load.num_running
+    places = config.capacity - num_here
+    shared = places - config.reserved_places
+    num_queued = load.client_waiting + num_new - (config.max_num_seqs - load.num_running)
+    if num_new > places:
+        num_ends = num_new - places
+        reason = (
             f"Beside the {num_here} sequences here there is no room for {num_new} more ({config.max_num_seqs} run, "
-            f"{config.max_waiting} wait at most); try again later.",
-            retry_after_s=retry_after_s,
-            capacity=config.capacity,
+            f"{config.max_waiting} wait at most)"
         )
+    elif load.client_waiting and num_queued > max(0, QUEUE_SHARE * shared):
+        num_ends = math.ceil(num_queued / QUEUE_SHARE) - shared
+        reason = (
+            f"You have {load.client_waiting} sequences in the queue already, and it has {places} places left for all "
+            "clients"
+        )
+    else:
+        return
+    retry_after_s = max(1, min(MAX_RETRY_S, math.ceil(seconds_until(num_ends))))
+    raise QueueFullError(f"{reason}; try again later.", retry_after_s=retry_after_s, capacity=capacity)
 
 
 def seed_of(sampling: SamplingParams, random: Random) -> int:
@@ -100,6 +116,7 @@ def new_sequences(
     seed: int,
     arrival_s: float,
     first_id: int,
+    account: Account,
 ) -> list[Sequence]:
     """The n sequences of a request.
 
@@ -111,6 +128,7 @@ def new_sequences(
         seed: Of the first sequence; the i-th gets seed + i.
         arrival_s: Now, on the scheduler's clock.
         first_id: Id of the first sequence.
+        account: Its client's.
     """
     sampling, num_prompt = request.sampling, len(request.prompt)
     room = min(config.max_model_len, kv.capacity_tokens)
@@ -124,6 +142,7 @@ def new_sequences(
             seed=(seed + index) & SEED_MASK,
             table=kv.new_table(request.cache_salt),
             terms=Terms(
+                account=account,
                 rank=(rank, first_id + index),
                 arrival_s=arrival_s,
                 max_len=min(room, num_prompt + (sampling.max_tokens or room)),

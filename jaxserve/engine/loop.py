@@ -8,8 +8,9 @@ in the caller's thread.
     schedule N+1 -> dispatch N+1 -> wait for N -> commit N -> deliver events of N -> schedule N+2 ...
 
 A step that fails ends its own sequences with an error event; the device state is made anew and every other sequence is
-computed again. If the device state cannot be made anew, or the loop itself fails, the engine is dead: it ends every
-sequence with an error event, refuses new ones, and says so in `health`.
+computed again. Requests come, end and are counted meanwhile. If the device state cannot be made anew, or the loop
+itself fails, the engine is dead: it ends every sequence with an error event, refuses new ones, and says so in `health`.
+A device that does not answer cannot be told from a slow one: the watchdog says when it has been too slow.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from jaxserve.engine.runner import Runner, StepHandle
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import Sequence
 from jaxserve.engine.steps import ScheduledStep
+from jaxserve.engine.watchdog import Watchdog
 from jaxserve.sampling.validate import SamplingLimits, validate_sampling
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class LocalEngine:
         limits: What the sampler can hold; requests beyond it are refused.
         observer: Is told about each step.
         num_compiles: Counts programs compiled since the engine was ready.
+        watchdog: Knows when a step takes too long.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class LocalEngine:
         limits: SamplingLimits,
         observer: StepObserver | None = None,
         num_compiles: Callable[[], int] = lambda: 0,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -93,6 +97,7 @@ class LocalEngine:
         self._limits = limits
         self._observer = observer
         self._num_compiles = num_compiles
+        self._watchdog = watchdog or Watchdog()
         self._streams: dict[str, EventStream] = {}
         self._work = threading.Condition()
         self._refusal = ""
@@ -111,6 +116,9 @@ class LocalEngine:
         """Submits a request at once and yields its events; see `Engine.stream`."""
         check_request(request, self._info, self._limits)
         stream = EventStream(request.request_id, request.n, self.abort)
+        health = self.health()
+        if not health.alive:
+            raise UnavailableError(health.reason)
         with self._work:
             if self._refusal:
                 raise UnavailableError(self._refusal)
@@ -131,10 +139,18 @@ class LocalEngine:
         """A snapshot of load and counters."""
         with self._work:
             stats = self._scheduler.stats()
-        return replace(stats, num_steps=self._num_steps, num_compiles_after_ready=self._num_compiles())
+        return replace(
+            stats,
+            num_steps=self._num_steps,
+            num_compiles_after_ready=self._num_compiles(),
+            step_age_s=self._watchdog.age_s(),
+        )
 
     def health(self) -> Health:
-        """Whether the engine can serve."""
+        """Whether the engine can serve. Takes no lock, so that it answers whatever the engine's thread hangs in."""
+        overdue = self._watchdog.overdue()
+        if self._alive and overdue is not None:
+            return Health(alive=not overdue.lost, ready=False, reason=overdue.reason)
         return Health(alive=self._alive, ready=not self._refusal, reason=self._refusal)
 
     async def drain(self, deadline_s: float) -> bool:
@@ -170,6 +186,8 @@ class LocalEngine:
             logger.critical("The engine's loop failed: %s", error, exc_info=error)
             with self._work:
                 self._die(f"The engine failed ({error}); restart the process.")
+        finally:
+            self._watchdog.idle()
 
     def _loop(self) -> None:
         flight: _Flight | None = None
@@ -178,12 +196,15 @@ class LocalEngine:
             with self._work:
                 if not self._alive:
                     return
+                if flight is None:
+                    self._watchdog.step()
                 step = None if self._closing else self._scheduler.schedule()
                 if step is not None:
                     step = replace(step, admitted=tuple(map(_as_admitted, step.admitted)))
                 if step is None and flight is None:
                     if self._closing:
                         return
+                    self._watchdog.idle()
                     self._work.wait(IDLE_RETRY_S if self._scheduler.has_work else None)
                     continue
             following = None
@@ -209,6 +230,7 @@ class LocalEngine:
                 self._land(flight)
             self._recover(step, error)
             return None, None
+        self._watchdog.step()
         now = time.perf_counter()
         return _Flight(step, handle, now, now - started), flight
 
@@ -220,6 +242,7 @@ class LocalEngine:
             self._recover(flight.step, error)
             return False
         arrived = time.perf_counter()
+        self._watchdog.step()
         with self._work:
             self._num_steps += 1
             self._deliver(self._scheduler.commit(flight.step, result))
@@ -231,13 +254,17 @@ class LocalEngine:
     def _recover(self, step: ScheduledStep, error: Exception) -> None:
         """Ends the sequences of a failed step and makes the device state anew for the others."""
         logger.error("A step of %d sequences failed: %s", len(step.items), error, exc_info=error)
+        self._watchdog.step()
         with self._work:
             self._deliver(self._scheduler.fail(step, "A step failed on the device; try the request again."))
-            try:
-                self._runner.reset()
-                self._scheduler.restart()
-            except Exception as fatal:
-                logger.critical("The device state cannot be made anew: %s", fatal, exc_info=fatal)
+            # Nothing is left on the device from here on, so whoever comes or goes during the reset finds books that
+            # are in order.
+            self._scheduler.restart()
+        try:
+            self._runner.reset()
+        except Exception as fatal:
+            logger.critical("The device state cannot be made anew: %s", fatal, exc_info=fatal)
+            with self._work:
                 self._die(f"The device is lost ({fatal}); restart the process.")
 
     def _die(self, reason: str) -> None:

@@ -1,20 +1,27 @@
 """Scheduling policy: limits, order, and how a step's token budget is cut into chunks. Pure functions and frozen data.
 
-Order is by rank = arrival + priority * aging: a lower priority number runs first, equals run in order of arrival, and
-one level of priority is worth `aging_s` seconds of waiting, so nobody waits for ever behind a stream of favoured
-requests. The rank of a sequence never changes, so queues stay sorted by themselves.
+A client's sequences are ordered by rank = arrival + priority * aging: a lower priority number runs first, equals run in
+order of arrival, and one level of priority is worth `aging_s` seconds of waiting, so nobody waits for ever behind a
+stream of favoured requests. The rank of a sequence never changes. `queue` says how clients take turns.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.core.errors import ConfigError
+from jaxserve.engine.fairness import FairnessConfig
 
 MAX_PRIORITY = 1_000_000
 """Largest absolute value of a request's priority."""
+
+QUEUE_SHARE = 4
+"""A client may have this many times the places that are left in the queue, those reserved not counted.
+
+That is four fifths of all if it is alone there, and four ninths if there are two like it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +40,7 @@ class SchedulerConfig:
         aging_s: Seconds of waiting that outweigh one level of priority.
         step_overhead_tokens: What a step costs before its first token, in tokens; chunks are cut at a bucket's edge
             when two smaller steps are cheaper than one padded step.
+        fairness: How the service of clients is measured.
     """
 
     max_num_seqs: int
@@ -44,6 +52,7 @@ class SchedulerConfig:
     watermark: float = 0.05
     aging_s: float = 60.0
     step_overhead_tokens: int = 32
+    fairness: FairnessConfig = field(default_factory=FairnessConfig)
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -69,6 +78,16 @@ class SchedulerConfig:
         return self.max_num_seqs + self.max_waiting
 
     @property
+    def client_capacity(self) -> int:
+        """Most sequences there can be of one client that sends many requests, when nobody else is there."""
+        return self.max_num_seqs + QUEUE_SHARE * (self.max_waiting - self.reserved_places + 1) // (QUEUE_SHARE + 1)
+
+    @property
+    def reserved_places(self) -> int:
+        """Places in the queue for clients that have nothing in it."""
+        return self.max_waiting // 10
+
+    @property
     def step_tokens(self) -> int:
         """Most tokens a step computes, given the largest bucket."""
         return min(self.max_num_batched_tokens, self.token_buckets[-1])
@@ -77,6 +96,19 @@ class SchedulerConfig:
 def admission_reserve(num_running: int, num_pages: int, watermark: float) -> int:
     """Pages an admission leaves alone: one for each running sequence to grow by, at most `watermark` of the pool."""
     return min(num_running, math.ceil(watermark * num_pages))
+
+
+def chunk_tokens(num_uncomputed: int, budget: int, config: SchedulerConfig, *, contended: bool) -> int:
+    """Tokens of a prompt that a step computes.
+
+    Args:
+        num_uncomputed: Tokens of it that are left.
+        budget: Tokens that the step has room for.
+        config: Limits.
+        contended: Whether other prompts wait; then a long one takes no more than its share.
+    """
+    size = min(num_uncomputed, budget)
+    return min(size, config.long_prefill_token_threshold) if contended else size
 
 
 def bucket_of(num_tokens: int, buckets: tuple[int, ...]) -> int:

@@ -6,24 +6,29 @@ a sequence whose token is in flight goes on from it unseen. Whatever makes a res
 the sequence's epoch, and the result is dropped when it comes; pages are free at once, for the device runs steps in
 order.
 
-When pages run out, forks that wait give theirs back first, then the running sequence of the worst rank starts over
-(recompute): it keeps its tokens, and its noise is keyed by position, so it goes on as if nothing had happened.
+Its parts: `queue` (who waits), `slots` (who runs), `admission` (from one to the other), `preemption` (and back).
 """
 
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections.abc import Callable
+from itertools import islice
 from random import Random
 
 from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import FinishReason, Request, TokenEvent
+from jaxserve.engine.admission import Admission
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
-from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences, seed_of
-from jaxserve.engine.policy import SchedulerConfig, admission_reserve
-from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
+from jaxserve.engine.fairness import VirtualTokenCounter
+from jaxserve.engine.intake import Load, check_fits, check_room, new_sequences, seed_of
+from jaxserve.engine.pace import Pace
+from jaxserve.engine.policy import SchedulerConfig, chunk_tokens
+from jaxserve.engine.preemption import Preemption
+from jaxserve.engine.queue import WaitingQueue
+from jaxserve.engine.sequence import Sequence, SequenceStatus
+from jaxserve.engine.slots import Slots
 from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
 from jaxserve.kv.manager import KVManager
 
@@ -53,30 +58,31 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._random = random or Random()
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._fair = VirtualTokenCounter(config.fairness, clock)
+        self._waiting = WaitingQueue(self._fair, config.aging_s, clock)
+        self._slots = Slots(config.max_num_seqs)
+        self._preemption = Preemption(kv, self._slots, self._waiting, self._fair)
+        self._admission = Admission(config, kv, self._slots, self._waiting, self._preemption, self._fair, clock)
         self._requests: dict[str, list[Sequence]] = {}
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._departures = Departures()
-        self._num_blocked = 0
-        self._num_preemptions = 0
+        self._pace = Pace()
+        self._committed_s = 0.0
         self._next_seq_id = 0
         self._next_step_id = 0
 
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no slot."""
-        return len(self._waiting) + self._num_blocked
+        return len(self._waiting) + self._waiting.num_blocked
 
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._running)
+        return len(self._slots)
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence has not ended."""
-        return bool(self._running or self._waiting)
+        return bool(self._slots or self._waiting)
 
     def stats(self) -> EngineStats:
         """Load and counters; what only the loop knows is left at zero."""
@@ -87,7 +93,7 @@ class Scheduler:
             kv_cache_usage=kv.usage,
             prefix_cache_queries_tokens=kv.query_tokens,
             prefix_cache_hits_tokens=kv.hit_tokens,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._preemption.num_preemptions,
         )
 
     def submit(self, request: Request) -> None:
@@ -96,13 +102,12 @@ class Scheduler:
         Raises:
             InvalidRequestError: Its priority is out of range, its id is in use, or it has too many sequences for ever.
             ContextLengthError: It fits neither the context nor the pool.
-            QueueFullError: The slots are taken and the queue is at its bound.
+            QueueFullError: The slots are taken and the queue is at its bound, or the client's share of it is used up.
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"A request with id {request.request_id} is in flight.", param="request_id")
         check_fits(request, self._config, self._kv)
-        wait_s = self._departures.retry_after_s(self.num_waiting, self._clock())
-        check_room(request.n, self.num_waiting + self.num_running, self._config, retry_after_s=wait_s)
+        self._check_room(request)
         sequences = new_sequences(
             request,
             self._config,
@@ -111,11 +116,11 @@ class Scheduler:
             seed=seed_of(request.sampling, self._random),
             arrival_s=self._clock(),
             first_id=self._next_seq_id,
+            account=self._fair.open(request.client, request.n),
         )
         self._next_seq_id += request.n
         self._requests[request.request_id] = sequences
-        self._num_blocked += request.n - 1
-        insort(self._waiting, sequences[0], key=rank_of)
+        self._waiting.arrive(sequences[0], sequences[1:])
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """Ends a request's sequences in whatever state they are; unknown ids give no events."""
@@ -126,7 +131,7 @@ class Scheduler:
         plan = Plan(self._config.step_tokens)
         self._plan_decodes(plan)
         self._plan_chunks(plan)
-        self._admit(plan)
+        self._admission.admit(plan)
         if not plan.chunks:
             return None
         plan.trim(self._config)
@@ -142,6 +147,9 @@ class Scheduler:
         Returns:
             An event for each sequence that got a token.
         """
+        now = self._clock()
+        self._pace.note_step(step.num_tokens, now - max(step.scheduled_s, self._committed_s))
+        self._committed_s = now
         events: list[TokenEvent] = []
         offset = 0
         for index, item in enumerate(step.items):
@@ -153,6 +161,7 @@ class Scheduler:
                 collect_prompt_logprobs(sequence, item, result.prompt, row)
             if item.samples:
                 sequence.num_in_flight -= 1
+                sequence.terms.account.output_tokens += 1
                 sequence.token_ids.append(result.token_ids[index])
             computed = item.start + item.num_tokens
             if computed // self._kv.page_size > sequence.table.num_registered:
@@ -177,103 +186,67 @@ class Scheduler:
 
     def restart(self) -> None:
         """Forgets all KV, because the device's pool was made anew; what was running is computed again."""
-        for sequence in tuple(self._running):
-            self._preempt(sequence)
+        for sequence in tuple(self._slots.sequences):
+            self._preemption.preempt(sequence)
         for sequence in self._waiting:
-            self._surrender(sequence)
+            self._preemption.surrender(sequence)
         self._kv.clear_cache()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless sequences, slots and pages agree."""
         live = [s for sequences in self._requests.values() for s in sequences]
         self._kv.check_integrity(s.table for s in live)
-        slots = [s.slot for s in self._running]
-        assert sorted([*slots, *self._free_slots]) == list(range(self._config.max_num_seqs))
-        assert self._running == sorted(self._running, key=rank_of)
-        assert self._waiting == sorted(self._waiting, key=rank_of)
+        self._fair.check_integrity()
+        self._slots.check_integrity()
+        self._waiting.check_integrity(live)
         assert len(live) <= self._config.capacity
-        states = [s.status for s in live]
-        assert states.count(SequenceStatus.BLOCKED) == self._num_blocked
-        assert states.count(SequenceStatus.WAITING) == len(self._waiting)
-        assert SequenceStatus.FINISHED not in states
         for sequence in live:
-            assert (sequence.slot >= 0) == (sequence in self._running)
+            assert sequence.status is not SequenceStatus.FINISHED
+            assert (sequence.slot >= 0) == (sequence in self._slots.sequences)
             assert 0 <= sequence.num_in_flight <= 1
             assert len(sequence.pages) >= self._kv.pages_for(sequence.num_computed)
 
+    def _check_room(self, request: Request) -> None:
+        config, account = self._config, self._fair.find(request.client) if request.client else None
+        load = Load(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            client_waiting=0 if account is None else account.num_waiting,
+        )
+        capacity = config.client_capacity if request.client else config.capacity
+        check_room(request.n, load, config, seconds_until=self._seconds_until, capacity=capacity)
+
+    def _seconds_until(self, num_ends: int) -> float:
+        """Seconds until so many sequences have ended, of those that run and those that are about to."""
+        num_free = self._config.max_num_seqs - len(self._slots)
+        return self._pace.seconds_until(num_ends, (*self._slots.sequences, *islice(self._waiting, num_free)))
+
     def _plan_decodes(self, plan: Plan) -> None:
-        """Every decoding sequence goes on by one token; those of the worst rank make room for the others."""
-        index = 0
-        running = self._running
-        while index < len(running):
-            sequence = running[index]
-            index += 1
+        """Every decoding sequence goes on by one token; if pages run out, some make room for the others."""
+        for sequence in tuple(self._slots.sequences):
             if sequence.status is not SequenceStatus.DECODING:
-                continue
+                continue  # its prompt is under way, or it has just made room
             position = sequence.num_computed
             if len(sequence.token_ids) + sequence.num_in_flight >= sequence.terms.max_len:
                 continue  # the token in flight is its last
-            copies = self._kv.make_writable(sequence.table, position)
-            while copies is None:
-                if not self._make_room(sequence):
+            while (copies := self._kv.make_writable(sequence.table, position)) is None:
+                victim = self._preemption.make_room()
+                if victim is sequence:
                     break
-                copies = self._kv.make_writable(sequence.table, position)
-            if copies is None:
-                self._preempt(sequence)
-                break  # it was the last one
-            plan.add(sequence, position, 1, copies)
+                if victim is not None:
+                    plan.drop(victim)
+            else:
+                plan.add(sequence, position, 1, copies)
 
     def _plan_chunks(self, plan: Plan) -> None:
         """Prompts that are under way get what is left of the budget, none more than its share while others wait."""
-        prefilling = [s for s in self._running if s.status is SequenceStatus.PREFILLING]
+        prefilling = [s for s in self._slots.sequences if s.status is SequenceStatus.PREFILLING]
         for sequence in prefilling:
             if plan.budget == 0:
                 return
             contended = len(prefilling) > 1 or bool(self._waiting)
-            plan.add(sequence, sequence.num_computed, self._chunk(sequence, plan.budget, contended), ())
-
-    def _chunk(self, sequence: Sequence, budget: int, contended: bool) -> int:
-        size = min(sequence.num_uncomputed, budget)
-        return min(size, self._config.long_prefill_token_threshold) if contended else size
-
-    def _admit(self, plan: Plan) -> None:
-        """Sequences leave the queue in order of rank while there are slots, pages and budget."""
-        while self._waiting and self._free_slots and plan.budget > 0:
-            sequence = self._waiting[0]
-            copies = self._begin(sequence)
-            if copies is None:
-                if self._running or not self._reclaim_forks(sequence):
-                    return
-                continue
-            self._waiting.pop(0)
-            sequence.slot = self._free_slots.pop()
-            if sequence.first.started_s < 0:
-                sequence.first.started_s = self._clock()
-            sequence.status = SequenceStatus.PREFILLING
-            insort(self._running, sequence, key=rank_of)
-            plan.admitted.append(sequence)
-            contended = bool(self._waiting) or len(plan.chunks) > plan.num_single
-            plan.add(sequence, sequence.num_computed, self._chunk(sequence, plan.budget, contended), copies)
-
-    def _begin(self, sequence: Sequence) -> tuple[tuple[int, int], ...] | None:
-        """Gets the pages a sequence needs to start; the copies they ask for, or None if there are too few."""
-        kv, first = self._kv, sequence.first
-        reserve = admission_reserve(len(self._running), kv.num_pages, self._config.watermark)
-        if sequence.pages:
-            return kv.make_writable(sequence.table, sequence.num_computed, reserve=reserve)
-        cached = kv.begin(
-            sequence.table,
-            sequence.token_ids,
-            reserve=reserve,
-            use_cache=sequence.prompt_logprobs is None,
-            count=first.num_cached_tokens < 0,
-        )
-        if cached is None:
-            return None
-        sequence.num_computed = cached
-        if first.num_cached_tokens < 0:
-            first.num_cached_tokens = min(cached, sequence.num_prompt)
-        return ()
+            size = chunk_tokens(sequence.num_uncomputed, plan.budget, self._config, contended=contended)
+            plan.add(sequence, sequence.num_computed, size, ())
 
     def _dispatch(self, plan: Plan) -> ScheduledStep:
         """Writes the plan into the sequences: from here on the step counts as computed."""
@@ -296,7 +269,7 @@ class Scheduler:
                 sequence.num_in_flight += 1
                 if sequence.status is SequenceStatus.PREFILLING:
                     sequence.status = SequenceStatus.DECODING
-                    self._fork_siblings(sequence)
+                    self._admission.fork(sequence, self._requests[sequence.request.request_id])
         step_id = self._next_step_id
         self._next_step_id += 1
         return ScheduledStep(
@@ -305,58 +278,9 @@ class Scheduler:
             num_decodes=len(singles),
             num_tokens=plan.num_tokens,
             admitted=tuple(plan.admitted),
-            page_copies=tuple(plan.copies),
+            scheduled_s=self._clock(),
+            page_copies=tuple(copy for copies in plan.copies.values() for copy in copies),
         )
-
-    def _fork_siblings(self, parent: Sequence) -> None:
-        """Lets the request's other sequences share the prompt computed now; they sample their own first token."""
-        for child in self._requests[parent.request.request_id]:
-            if child.status is SequenceStatus.BLOCKED:
-                self._kv.fork(parent.table, child.table, child.num_prompt)
-                child.num_computed = child.num_prompt - 1
-                child.first.num_cached_tokens = parent.first.num_cached_tokens
-                child.status = SequenceStatus.WAITING
-                self._num_blocked -= 1
-                insort(self._waiting, child, key=rank_of)
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Frees pages for a running sequence; False if only its own are left."""
-        if self._reclaim_forks(None):
-            return True
-        victim = self._running[-1]
-        if victim is sequence:
-            return False
-        self._preempt(victim)
-        return True
-
-    def _reclaim_forks(self, keep: Sequence | None) -> bool:
-        """Takes the pages of the worst-ranked fork that waits; it will look for its prompt in the prefix cache."""
-        for sequence in reversed(self._waiting):
-            if sequence.pages and sequence is not keep:
-                self._surrender(sequence)
-                return True
-        return False
-
-    def _surrender(self, sequence: Sequence) -> None:
-        self._kv.release(sequence.table)
-        sequence.num_computed = 0
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes slot and pages from a running sequence; it queues again and keeps its tokens."""
-        self._num_preemptions += 1
-        self._leave(sequence)
-        self._surrender(sequence)
-        sequence.num_in_flight = 0
-        sequence.epoch += 1
-        sequence.status = SequenceStatus.WAITING
-        if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs = [None]
-        insort(self._waiting, sequence, key=rank_of)
-
-    def _leave(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
 
     def _advance(self, sequence: Sequence, result: StepResult, index: int) -> TokenEvent:
         """Reports a sequence's new token and ends the sequence if it was its last."""
@@ -369,7 +293,7 @@ class Scheduler:
             reason = FinishReason.LENGTH
         event = token_event(sequence, result, index, reason, self._clock)
         if reason is not None:
-            self._forget(sequence)
+            self._forget(sequence, stopped=reason is FinishReason.STOP)
         return event
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
@@ -378,17 +302,15 @@ class Scheduler:
             request_id=sequence.request.request_id, index=sequence.index, finish_reason=reason, error=error
         )
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence, *, stopped: bool = False) -> None:
         """Takes a sequence out of every place that holds it."""
-        match sequence.status:
-            case SequenceStatus.BLOCKED:
-                self._num_blocked -= 1
-            case SequenceStatus.WAITING:
-                self._waiting.remove(sequence)
-            case _:
-                self._leave(sequence)
+        if sequence.slot < 0:
+            self._waiting.remove(sequence)
+        else:
+            self._slots.leave(sequence)
+        self._pace.note_end(sequence, stopped=stopped)
+        self._fair.close(sequence.account, self._waiting.floor)
         self._kv.release(sequence.table)
-        self._departures.note(self._clock())
         sequence.status = SequenceStatus.FINISHED
         sequence.epoch += 1
         siblings = self._requests[sequence.request.request_id]

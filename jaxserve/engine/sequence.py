@@ -16,7 +16,11 @@ import enum
 from dataclasses import dataclass
 
 from jaxserve.core.types import Request, TokenLogprobs
+from jaxserve.engine.fairness import Account
 from jaxserve.kv.pages import PageTable
+
+Rank = tuple[float, int]
+"""(arrival plus an allowance for its priority, seq_id): lower runs first."""
 
 
 class SequenceStatus(enum.Enum):
@@ -34,14 +38,16 @@ class Terms:
     """What a sequence was promised at submission.
 
     Attributes:
-        rank: Lower runs first: (arrival plus an allowance for its priority, seq_id).
+        account: Its client's, which pays for its tokens.
+        rank: Lower runs first.
         arrival_s: When it was submitted, on the scheduler's clock.
         max_len: Tokens of prompt and output at which it ends with FinishReason.LENGTH.
         min_len: Fewer tokens than this never end with FinishReason.STOP.
         stop_ids: Tokens that end it with FinishReason.STOP.
     """
 
-    rank: tuple[float, int]
+    account: Account
+    rank: Rank
     arrival_s: float
     max_len: int
     min_len: int
@@ -102,7 +108,16 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int, *, seq_id: int, seed: int, table: PageTable, terms: Terms) -> None:
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        *,
+        seq_id: int,
+        seed: int,
+        table: PageTable,
+        terms: Terms,
+    ) -> None:
         self.request = request
         self.index = index
         self.seq_id = seq_id
@@ -126,6 +141,11 @@ class Sequence:
         return self.table.pages
 
     @property
+    def account(self) -> Account:
+        """Its client's, which pays for its tokens."""
+        return self.terms.account
+
+    @property
     def arrival_s(self) -> float:
         """When it was submitted, on the scheduler's clock."""
         return self.terms.arrival_s
@@ -141,6 +161,6 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
 
-def rank_of(sequence: Sequence) -> tuple[float, int]:
-    """Sort key of every queue: lower runs first."""
+def rank_of(sequence: Sequence) -> Rank:
+    """Sort key of a client's sequences, and of those that run."""
     return sequence.terms.rank

@@ -6,7 +6,7 @@ device), then longer chunks. A `StepResult` is aligned with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class ScheduledStep:
         num_decodes: How many of the items have one token.
         num_tokens: Tokens of all items.
         admitted: Sequences that got their slot in this step; the device loads their state first.
+        scheduled_s: When it was made, on the scheduler's clock.
         page_copies: (source, destination) pages to copy before the step.
     """
 
@@ -66,6 +67,7 @@ class ScheduledStep:
     num_decodes: int
     num_tokens: int
     admitted: tuple[Sequence, ...]
+    scheduled_s: float
     page_copies: tuple[tuple[int, int], ...]
 
 
@@ -119,7 +121,16 @@ class StepResult:
 
 
 class Plan:
-    """A step that is being filled."""
+    """A step that is being filled.
+
+    Attributes:
+        budget: Tokens there is room for.
+        chunks: Sequence, position of the first token, number of tokens.
+        admitted: Sequences that get their slot in this step.
+        copies: seq_id to the (source, destination) pages that its chunk wants copied first, where there are any.
+        num_tokens: Tokens of all chunks.
+        num_single: Chunks of one token.
+    """
 
     __slots__ = ("admitted", "budget", "chunks", "copies", "num_single", "num_tokens")
 
@@ -127,17 +138,29 @@ class Plan:
         self.budget = budget
         self.chunks: list[tuple[Sequence, int, int]] = []
         self.admitted: list[Sequence] = []
-        self.copies: list[tuple[int, int]] = []
+        self.copies: dict[int, tuple[tuple[int, int], ...]] = {}
         self.num_tokens = 0
         self.num_single = 0
 
-    def add(self, sequence: Sequence, start: int, num_tokens: int, copies: Iterable[tuple[int, int]]) -> None:
+    def add(self, sequence: Sequence, start: int, num_tokens: int, copies: tuple[tuple[int, int], ...]) -> None:
         """Gives a sequence part of the budget."""
         self.chunks.append((sequence, start, num_tokens))
         self.budget -= num_tokens
         self.num_tokens += num_tokens
         self.num_single += num_tokens == 1
-        self.copies.extend(copies)
+        if copies:
+            self.copies[sequence.seq_id] = copies
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes a sequence out again if it is in, for it has lost its pages."""
+        for index, (planned, _, num_tokens) in enumerate(self.chunks):
+            if planned is sequence:
+                del self.chunks[index]
+                self.budget += num_tokens
+                self.num_tokens -= num_tokens
+                self.num_single -= num_tokens == 1
+                self.copies.pop(sequence.seq_id, None)
+                return
 
     def trim(self, config: SchedulerConfig) -> None:
         """Cuts the last chunk at a bucket's edge where padding would be the larger part of the work."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,13 @@ from jaxserve.engine.compile import (
     CompileCounter,
     enable_persistent_cache,
 )
+from jaxserve.engine.fairness import FairnessConfig
 from jaxserve.engine.loop import LocalEngine, StepObserver
 from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.programs import Replica
 from jaxserve.engine.runner import DeviceRunner
 from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.watchdog import Watchdog
 from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout, held_heads
 from jaxserve.launch.bundle import Bundle, open_bundle, read_key
@@ -227,9 +229,21 @@ def _tell_scaling(spec: ModelSpec, resolved: ResolvedConfig) -> None:
 
 
 def build_engine(
-    config: ServeConfig, model: Model, *, observer: StepObserver | None = None, progress: Progress | None = None
+    config: ServeConfig,
+    model: Model,
+    *,
+    observer: StepObserver | None = None,
+    progress: Progress | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> LocalEngine:
     """Loads the parameters, compiles every program or takes it from a bundle, and starts the loop.
+
+    Args:
+        config: What to serve and how.
+        model: What `find_model` found.
+        observer: Is told about each step.
+        progress: Is told how far loading and compiling are.
+        shares: Client to its share of the service; 1 for those not named.
 
     Raises:
         ConfigError: The settings cannot be served, or the bundle is not for them.
@@ -254,7 +268,7 @@ def build_engine(
     counter = CompileCounter()
     counter.start()
     engine = LocalEngine(
-        new_scheduler(resolved, model.spec.eos_token_ids),
+        new_scheduler(resolved, model.spec.eos_token_ids, shares),
         runner,
         info=EngineInfo(
             model=model.name,
@@ -268,6 +282,7 @@ def build_engine(
         limits=replica.limits,
         observer=observer,
         num_compiles=lambda: counter.count,
+        watchdog=Watchdog(config.step_timeout_s),
     )
     logger.info(
         "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages
@@ -288,7 +303,9 @@ def _open(config: ServeConfig) -> Bundle | None:
     return open_bundle(config.bundle, key)
 
 
-def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> Scheduler:
+def new_scheduler(
+    resolved: ResolvedConfig, eos_token_ids: tuple[int, ...], shares: Mapping[str, float] | None = None
+) -> Scheduler:
     """A scheduler and its page table, as configured."""
     kv = KVManager(
         num_pages=resolved.num_pages,
@@ -303,6 +320,7 @@ def new_scheduler(resolved: ResolvedConfig, eos_token_ids: tuple[int, ...]) -> S
             max_waiting=resolved.asked.max_waiting,
             long_prefill_token_threshold=resolved.long_prefill_token_threshold,
             token_buckets=resolved.token_buckets,
+            fairness=FairnessConfig(shares=shares or {}),
         ),
         kv,
         eos_token_ids,

@@ -16,6 +16,7 @@ from jaxserve.launch.build import Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
 from jaxserve.server.lifecycle import serve_app
 from jaxserve.server.openai.app import create_app
+from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig, CallerPolicy
 from jaxserve.server.openai.slot import EngineSlot
 from jaxserve.telemetry.metrics import EngineMetrics
@@ -44,6 +45,13 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
     names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
     metrics = EngineMetrics(registry, names[0])
+    policy = CallerPolicy(
+        trusted_proxies=config.trusted_proxies,
+        min_priority=config.min_priority,
+        max_priority=config.max_priority,
+        share_prefix_cache=config.share_prefix_cache,
+    )
+    shares = Callers(config.api_key, policy).shares
     app = create_app(
         slot,
         model.tokenizer,
@@ -52,12 +60,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
             served_model_names=names,
             version=release,
             api_keys=config.api_key,
-            callers=CallerPolicy(
-                trusted_proxies=config.trusted_proxies,
-                min_priority=config.min_priority,
-                max_priority=config.max_priority,
-                share_prefix_cache=config.share_prefix_cache,
-            ),
+            callers=policy,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         ),
@@ -67,7 +70,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
 
     def start() -> None:
         with _checking(model.chat_template):
-            engine = build_engine(config, model, observer=metrics, progress=progress)
+            engine = build_engine(config, model, observer=metrics, progress=progress, shares=shares)
         settle_heap()
         slot.fill(engine)
 

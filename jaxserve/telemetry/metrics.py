@@ -36,6 +36,7 @@ GENERATION_TOKENS = "vllm:generation_tokens"
 REQUEST_SUCCESS = "vllm:request_success"
 COMPILES_AFTER_READY = "jaxserve_compiles_after_ready"
 STEPS = "jaxserve_steps"
+STEP_AGE = "jaxserve_step_age_seconds"
 STEP_SECONDS = "jaxserve_step_seconds"
 STEP_HOST_SECONDS = "jaxserve_step_host_seconds"
 HTTP_RESPONSES = "jaxserve_http_responses"
@@ -87,6 +88,7 @@ _GAUGE_HELP = {
     NUM_WAITING: "Sequences that wait for their first step.",
     NUM_RUNNING: "Sequences that hold KV pages.",
     KV_CACHE_USAGE: "Share of the KV pool owned by running sequences, 0 to 1.",
+    STEP_AGE: "Seconds since the oldest step under way was taken up; 0 when nothing runs.",
 }
 _COUNTER_HELP = {
     PREFIX_CACHE_QUERIES: "Prompt tokens looked up in the prefix cache.",

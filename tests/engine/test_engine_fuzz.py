@@ -66,6 +66,7 @@ def random_request(rng: random.Random, number: int) -> Request:
         n=maybe(0.2, rng.randint(2, 4), 1),
         priority=maybe(0.2, rng.randint(-3, 3), 0),
         cache_salt=maybe(0.1, "tenant", ""),
+        client=rng.choice(("", "a", "b", "c")),
     )
 
 

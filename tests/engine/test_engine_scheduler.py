@@ -2,74 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
-
 import pytest
-from scheduler_device import EOS, PageDevice, next_token, prompt_scores
+from scheduler_bench import Bench, expected
+from scheduler_device import prompt_scores
 
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, QueueFullError
-from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
-from jaxserve.engine.policy import SchedulerConfig
-from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.steps import ScheduledStep
-from jaxserve.kv.manager import KVManager
-
-
-class Bench:
-    """A scheduler and a device, run step by step."""
-
-    def __init__(self, *, num_pages: int = 64, page_size: int = 4, **config: Any) -> None:
-        settings = {
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 16,
-            "max_model_len": 64,
-            "token_buckets": (4, 8, 16),
-            "step_overhead_tokens": 0,
-            **config,
-        }
-        self.now = 0.0
-        self.kv = KVManager(num_pages=num_pages, page_size=page_size)
-        self.scheduler = Scheduler(SchedulerConfig(**settings), self.kv, (EOS,), clock=lambda: self.now)
-        self.device = PageDevice(page_size, settings["max_num_seqs"])
-        self.tokens: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
-        self.events: list[TokenEvent] = []
-        self.steps: list[ScheduledStep] = []
-
-    def submit(
-        self, name: str, prompt: list[int], *, n: int = 1, priority: int = 0, salt: str = "", **sampling: Any
-    ) -> None:
-        params = SamplingParams(**{"seed": 0, "ignore_eos": True, "max_tokens": 4, **sampling})
-        self.scheduler.submit(
-            Request(request_id=name, prompt=tuple(prompt), sampling=params, n=n, priority=priority, cache_salt=salt)
-        )
-
-    def step(self) -> bool:
-        step = self.scheduler.schedule()
-        if step is None:
-            return False
-        self.steps.append(step)
-        for event in self.scheduler.commit(step, self.device.execute(step)):
-            self.tokens[event.request_id, event.index].extend(event.token_ids)
-            self.events.append(event)
-        self.scheduler.check_integrity()
-        return True
-
-    def finish(self) -> None:
-        while self.step():
-            pass
-        assert not self.scheduler.has_work
-        assert self.kv.stats().num_owned == 0
-
-    def first(self, name: str) -> TokenEvent:
-        return next(event for event in self.events if event.request_id == name)
-
-
-def expected(prompt: list[int], count: int, seed: int = 0) -> list[int]:
-    history = list(prompt)
-    for _ in range(count):
-        history.append(next_token(history, seed))
-    return history[len(prompt) :]
+from jaxserve.core.types import FinishReason
 
 
 def test_a_prompt_is_cut_into_chunks_under_the_budget() -> None:
@@ -114,6 +52,77 @@ def test_a_full_pool_preempts_the_last_and_its_tokens_stay_the_same() -> None:
         assert bench.tokens[name, 0] == expected([ord(name)] * 8, 16)
     finished = [event.request_id for event in bench.events if event.finish_reason]
     assert finished[0] == "a", "the first to come was preempted"
+
+
+@pytest.mark.parametrize(("watermark", "reserve"), [(0.0, 0), (0.1, 2), (0.5, 3)])
+@pytest.mark.parametrize("too_many", [0, 1])
+def test_admission_leaves_pages_for_those_that_run_to_grow(watermark: float, reserve: int, too_many: int) -> None:
+    """One for each, up to the watermark's share of the pool; whoever would need those waits."""
+    bench = Bench(num_pages=20, watermark=watermark)
+    for name in "abc":
+        bench.submit(name, [ord(name)] * 6, max_tokens=20)
+    bench.step()
+    bench.step()
+    num_left = 20 - 3 * 2
+    assert bench.kv.num_available == num_left
+    bench.submit("new", [9] * (4 * (num_left - reserve + too_many)), max_tokens=1)
+    bench.step()
+    assert bench.scheduler.num_waiting == too_many
+    bench.finish()
+
+
+def test_admission_of_forks_leaves_pages_too() -> None:
+    """The parent takes a page to write on its own; the last one is left for it to grow, though a fork could start."""
+    bench = Bench(num_pages=4, watermark=0.5)
+    prompt = list(range(7))
+    bench.submit("a", prompt, n=3, max_tokens=2)
+    bench.step()
+    assert (bench.scheduler.num_running, bench.kv.num_available) == (1, 2)
+    bench.step()
+    assert bench.kv.num_available == 2, "the parent has ended and its forks hold the prompt"
+    assert not bench.steps[-1].admitted
+    bench.finish()
+    for index in range(3):
+        assert bench.tokens["a", index] == expected(prompt, 2, seed=index)
+
+
+def test_a_reserve_saves_work() -> None:
+    """The same load takes fewer preemptions, and so fewer tokens are computed twice."""
+
+    def num_computed(watermark: float) -> int:
+        bench = Bench(num_pages=24, watermark=watermark, max_num_seqs=8)
+        for index in range(24):
+            bench.submit(str(index), [index] * 7, max_tokens=24)
+        bench.finish()
+        return bench.device.num_computed
+
+    assert num_computed(0.3) < 0.9 * num_computed(0.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "overhead", "sizes"),
+    [
+        pytest.param(68, 0, [64, 4], id="64 and 4 are cheaper than 128"),
+        pytest.param(68, 100, [68], id="two steps cost more than the padding"),
+        pytest.param(120, 0, [120], id="little padding"),
+        pytest.param(64, 0, [64], id="none"),
+        pytest.param(150, 0, [128, 22], id="the budget cuts first"),
+        pytest.param(196, 0, [128, 64, 4], id="cut by the budget, then at a bucket"),
+    ],
+)
+def test_chunks_are_cut_where_padding_would_be_most_of_the_work(
+    prompt_len: int, overhead: int, sizes: list[int]
+) -> None:
+    bench = Bench(
+        max_num_batched_tokens=128,
+        token_buckets=(4, 64, 128),
+        max_model_len=256,
+        step_overhead_tokens=overhead,
+        long_prefill_token_threshold=128,
+    )
+    bench.submit("a", list(range(prompt_len)), max_tokens=1)
+    bench.finish()
+    assert [step.num_tokens for step in bench.steps] == sizes
 
 
 def test_a_prompt_is_scored_once_though_it_is_computed_twice() -> None:
@@ -249,36 +258,6 @@ def test_more_sequences_than_there_can_ever_be() -> None:
     assert len(bench.tokens) == 7
 
 
-def test_a_full_queue_says_how_long_it_takes() -> None:
-    bench = Bench(max_num_seqs=1, max_waiting=5)
-
-    def retry_after_s() -> int:
-        number = 0
-        while True:
-            try:
-                bench.submit(f"{bench.now} {number}", [1], max_tokens=4)
-            except QueueFullError as error:
-                return error.retry_after_s
-            number += 1
-
-    def run(num_steps: int, *, step_s: float) -> None:
-        for _ in range(num_steps):
-            assert bench.step()
-            bench.now += step_s
-
-    assert retry_after_s() == 1  # nothing has ended yet
-    run(8, step_s=0.5)
-    # Two have ended in four steps each; four more wait for one that runs, and five after this.
-    assert 5 <= retry_after_s() <= 10
-    bench.now += 1000
-    assert retry_after_s() == 30
-    bench.finish()
-    for _ in range(70):
-        bench.submit("short", [1], max_tokens=1)
-        run(1, step_s=0.01)
-    assert retry_after_s() == 1
-
-
 @pytest.mark.parametrize(
     ("length", "max_tokens", "param"),
     [(70, None, "prompt"), (64, 1, "prompt"), (60, 5, "max_tokens"), (30, 40, "max_tokens")],
@@ -373,4 +352,4 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     held = vars(bench.scheduler)
     assert not held["_requests"]
     assert not held["_waiting"]
-    assert not held["_running"]
+    assert not held["_slots"]

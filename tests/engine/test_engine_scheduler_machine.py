@@ -11,6 +11,7 @@ from scheduler_device import EOS, VOCAB_SIZE, PageDevice, next_token, prompt_sco
 
 from jaxserve.core.errors import ContextLengthError, QueueFullError
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent
+from jaxserve.engine.fairness import FairnessConfig
 from jaxserve.engine.policy import SchedulerConfig
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.steps import ScheduledStep, StepResult
@@ -39,8 +40,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([4, 5, 8]),
         slots=st.integers(1, 5),
         cache=st.booleans(),
+        half_life_s=st.sampled_from([0.0, 0.0, 0.05]),
     )
-    def start(self, num_pages: int, page_size: int, slots: int, cache: bool) -> None:
+    def start(self, num_pages: int, page_size: int, slots: int, cache: bool, half_life_s: float) -> None:
         self.now = 0.0
         config = SchedulerConfig(
             max_num_seqs=slots,
@@ -50,6 +52,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting=12,
             long_prefill_token_threshold=6,
             step_overhead_tokens=1,
+            aging_s=0.05,
+            fairness=FairnessConfig(half_life_s=half_life_s, shares={"b": 2.0}, max_idle=2),
         )
         self.kv = KVManager(num_pages=num_pages, page_size=page_size, enable_prefix_cache=cache)
         self.scheduler = Scheduler(config, self.kv, (EOS,), clock=lambda: self.now)
@@ -83,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "a"]),
         plain=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, 0, 1]),
+        client=st.sampled_from(["", "a", "b", "c"]),
     )
     def submit(
         self,
@@ -95,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt: str,
         plain: bool,
         prompt_logprobs: int | None,
+        client: str,
     ) -> None:
         sampling = SamplingParams(
             seed=prefix,
@@ -113,6 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             n=n,
             priority=priority,
             cache_salt=salt,
+            client=client,
         )
         try:
             self.scheduler.submit(request)

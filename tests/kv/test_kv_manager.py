@@ -126,3 +126,22 @@ def test_a_reserve_is_left_alone() -> None:
     assert kv.begin(table, [1] * 8, reserve=1) is None
     assert kv.begin(table, [1] * 6, reserve=1) == 0
     assert kv.num_available == 1
+
+
+def test_what_was_built_on_a_prefix_is_evicted_before_it() -> None:
+    """Pages are given back last first: page by page, what is left of a prompt can still be found."""
+    kv = KVManager(num_pages=6, page_size=2)
+    ids = list(range(9))
+    table = kv.new_table("")
+    kv.begin(table, ids)
+    kv.register(table, ids, 8)
+    kv.release(table)
+    assert kv.stats().num_cached == 4
+    left = []
+    others = []
+    for number in range(6):
+        other = kv.new_table("")
+        assert kv.begin(other, [100 + number]) == 0
+        others.append(other)
+        left.append(kv.num_cached(kv.new_table(""), ids))
+    assert left == [8, 8, 6, 4, 2, 0]

@@ -38,6 +38,7 @@ async def test_request_in_metrics(engine: FakeEngine, stream: bool) -> None:
     assert value("jaxserve_http_responses_total", status="200") == 1
     assert value("jaxserve_http_responses_total", status="400") == 1
     assert value("jaxserve_compiles_after_ready_total") == 0
+    assert value("jaxserve_step_age_seconds") == 0
 
 
 async def test_metrics_page(client: httpx.AsyncClient) -> None:

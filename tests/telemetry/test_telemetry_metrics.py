@@ -34,7 +34,7 @@ def metrics(registry: CollectorRegistry) -> ServerMetrics:
 
 def load() -> Load:
     return Load(
-        gauges={names.NUM_WAITING: 3, names.NUM_RUNNING: 2, names.KV_CACHE_USAGE: 0.25},
+        gauges={names.NUM_WAITING: 3, names.NUM_RUNNING: 2, names.KV_CACHE_USAGE: 0.25, names.STEP_AGE: 1.5},
         counters={names.PREFIX_CACHE_QUERIES: 100, names.PREFIX_CACHE_HITS: 40, names.NUM_PREEMPTIONS: 1},
         page_size=16,
         num_pages=512,
@@ -50,7 +50,7 @@ def test_names_and_labels_are_verbatim(metrics: ServerMetrics, registry: Collect
     for name in (
         "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc",
         "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prefix_cache_queries_total",
-        "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
+        "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total", "jaxserve_step_age_seconds",
     ):  # fmt: skip
         assert samples[name].labels == MODEL
     for name in (

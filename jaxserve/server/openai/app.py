@@ -179,6 +179,7 @@ def _load(engine: Engine) -> Load | None:
             names.NUM_WAITING: stats.num_waiting,
             names.NUM_RUNNING: stats.num_running,
             names.KV_CACHE_USAGE: stats.kv_cache_usage,
+            names.STEP_AGE: stats.step_age_s,
         },
         counters={
             names.PREFIX_CACHE_QUERIES: stats.prefix_cache_queries_tokens,

@@ -30,8 +30,8 @@ ORDER = (
 HOST_ONLY = (
     "core.*", "telemetry.*", "text.*", "models.spec", "kv.pages", "kv.prefix", "kv.manager", "sampling.stop",
     "sampling.validate", "engine.sequence", "engine.policy", "engine.scheduler", "engine.api", "engine.fake",
-    "engine.generation", "server.*", "bench.workload", "bench.client", "bench.report", "bench.openai_url",
-    "bench.serve",
+    "engine.generation", "engine.logprobs", "server.*", "bench.workload", "bench.client", "bench.report",
+    "bench.openai_url", "bench.serve",
 )
 # fmt: on
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}

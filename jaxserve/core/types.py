@@ -7,7 +7,7 @@ so engines, schedulers and the wire never see a tokenizer.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_LOGPROBS = 20
@@ -144,7 +144,7 @@ class TokenEvent:
     index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

@@ -22,6 +22,7 @@ from jaxserve.core.types import FinishReason, Request, TokenEvent
 from jaxserve.engine.api import EngineStats
 from jaxserve.engine.events import collect_prompt_logprobs, token_event
 from jaxserve.engine.intake import Departures, check_fits, check_room, new_sequences
+from jaxserve.engine.logprobs import PromptLogprobs
 from jaxserve.engine.policy import SchedulerConfig, admission_reserve
 from jaxserve.engine.sequence import Sequence, SequenceStatus, rank_of
 from jaxserve.engine.steps import Plan, ScheduledSequence, ScheduledStep, StepResult
@@ -351,7 +352,7 @@ class Scheduler:
         sequence.epoch += 1
         sequence.status = SequenceStatus.WAITING
         if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs = [None]
+            sequence.prompt_logprobs = PromptLogprobs()
         insort(self._waiting, sequence, key=rank_of)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -48,12 +48,13 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
 
-    def as_json(self) -> dict[str, object]:
-        """OpenAI's `usage` object."""
+    def as_json(self, *, num_unsent: int = 0) -> dict[str, object]:
+        """OpenAI's `usage` object, without the last so many tokens."""
+        completion_tokens = self.completion_tokens - num_unsent
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 

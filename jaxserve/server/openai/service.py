@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi.responses import JSONResponse
 from opentelemetry.trace import Tracer
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,7 +27,7 @@ from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
-from jaxserve.server.openai.responses import EventStream, until_disconnect
+from jaxserve.server.openai.responses import EventStream, JSONText, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
 from jaxserve.server.openai.translate import Generation, Translator
 from jaxserve.telemetry.logging import REQUEST_ID
@@ -140,7 +139,7 @@ class Service:
         if generation.stream:
             return EventStream(answer.chunks(inflight), on_end=close)
         try:
-            return JSONResponse(await until_disconnect(request.receive, answer.whole(inflight)))
+            return JSONText(await until_disconnect(request.receive, answer.whole(inflight)))
         finally:
             await close()
 

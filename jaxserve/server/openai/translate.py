@@ -16,6 +16,7 @@ from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineInfo
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.conversation import content_text, render_conversation
+from jaxserve.server.openai.echo import Echo, echo_of_ids, echo_of_text
 from jaxserve.server.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -41,7 +42,7 @@ class Generation:
         response_id: The answer's id.
         model: The name the request called the model by.
         requests: One a prompt.
-        echoes: The text to put before each prompt's sequences; empty without `echo`.
+        echoes: What to put before each prompt's sequences; empty without `echo`.
         num_choices: Choices a prompt gets in the answer; fewer than the engine generates if `best_of` is larger.
         stream: Answer as server-sent events.
         include_usage: Send the usage as the last event of a stream.
@@ -57,7 +58,7 @@ class Generation:
     response_id: str
     model: str
     requests: tuple[Request, ...]
-    echoes: tuple[str, ...]
+    echoes: tuple[Echo, ...]
     num_choices: int
     stream: bool
     include_usage: bool = False
@@ -113,7 +114,7 @@ class Translator:
             logprobs=num_logprobs,
         )
         last = body.messages[-1]
-        echo = content_text(last) if body.echo and last.role == "assistant" else ""
+        echo = Echo(text=content_text(last)) if body.echo and last.role == "assistant" else Echo()
         self._check_limits(body, 1, body.n or 1)
         room = _room(body, info)
         prompt = self._truncated(body, self.chat_prompt(body, room=room), sampling, info)
@@ -143,8 +144,11 @@ class Translator:
         )
         self._check_limits(body, len(body.prompt), num_sequences)
         room = _room(body, info)
-        prompts = [self._truncated(body, self._completion_ids(body, p, room), sampling, info) for p in body.prompt]
-        echoes = tuple(self._echo(body, given, ids) for given, ids in zip(body.prompt, prompts, strict=True))
+        encoded = [self._completion_ids(body, prompt, room) for prompt in body.prompt]
+        prompts = [self._truncated(body, token_ids, sampling, info) for token_ids in encoded]
+        echoes = tuple(
+            self._echo(body, *of_prompt) for of_prompt in zip(body.prompt, encoded, map(len, prompts), strict=True)
+        )
         generation = self._generation(
             body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
         )
@@ -193,12 +197,20 @@ class Translator:
         _check_room(len(prompt), "prompt", room)
         return list(prompt)
 
-    def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int]) -> str:
+    def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int], num_kept: int) -> Echo:
+        skips = _or(body.skip_special_tokens, True)
         if not body.echo:
-            return ""
-        if isinstance(given, str) and body.truncate_prompt_tokens is None:
-            return given
-        return self.tokenizer.decode(token_ids, skip_special_tokens=_or(body.skip_special_tokens, True))
+            return Echo()
+        if not isinstance(given, str):
+            return echo_of_ids(self.tokenizer, token_ids[-num_kept:], skip_special_tokens=skips)
+        return echo_of_text(
+            self.tokenizer,
+            given,
+            token_ids,
+            num_kept=num_kept,
+            add_special_tokens=_or(body.add_special_tokens, True),
+            skip_special_tokens=skips,
+        )
 
     def _num_sequences(self, body: CompletionBody) -> int:
         """How many sequences a prompt gets, by `n` or `best_of`."""
@@ -265,7 +277,7 @@ class Translator:
         sampling: SamplingParams,
         *,
         prompts: Sequence[tuple[int, ...]],
-        echoes: tuple[str, ...],
+        echoes: tuple[Echo, ...],
         num_sequences: int,
     ) -> Generation:
         options = _stream_options(body)

@@ -108,6 +108,12 @@ class ServeConfig:
     )
     max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
+    generation_config: str = declare(
+        "auto",
+        choice("auto", "none"),
+        "where requests get temperature, top_p, top_k, min_p, repetition_penalty and max_tokens that they do not give: "
+        "auto takes those of the preset or of the checkpoint (generation_config.json); none takes neutral ones",
+    )
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")
     request_timeout_s: float | None = declare(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 MAX_LOGPROBS = 20
 """Most alternatives a logprobs request may ask for (OpenAI's bound)."""
@@ -77,6 +77,39 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingDefaults:
+    """What a model's makers advise where a request says nothing; None leaves it to `SamplingParams`.
+
+    Attributes:
+        temperature: As in `SamplingParams`, like the others.
+        top_k: 0 keeps all.
+        top_p: In (0, 1].
+        min_p: In [0, 1].
+        repetition_penalty: 1 changes nothing.
+        max_tokens: Of answers to messages; never more than the context has room for.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+    def said(self) -> dict[str, float]:
+        """Those that are not None, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self) -> SamplingParams:
+        """Parameters of a request that says nothing itself."""
+        return SamplingParams(**self.said())  # type: ignore[arg-type]  # fields of the same names and types
+
+
+NO_DEFAULTS = SamplingDefaults()
+"""Nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

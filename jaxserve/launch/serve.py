@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -16,6 +17,8 @@ from jaxserve.server.openai.slot import EngineSlot
 from jaxserve.telemetry.metrics import EngineMetrics
 from jaxserve.telemetry.tracing import exporting_tracer
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: ServeConfig, progress: Progress | None = None) -> None:
     """Serves a model until SIGTERM or SIGINT, then drains and returns.
@@ -29,6 +32,9 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     """
     release = version("jaxserve")
     model = find_model(config, progress)
+    if said := model.sampling_defaults.said():
+        named = ", ".join(f"{name}={value:g}" for name, value in said.items())
+        logger.info("sampling defaults of the model: %s (--generation-config none takes neutral ones)", named)
     registry = CollectorRegistry()
     tracer = None
     if config.otlp_endpoint is not None:
@@ -46,6 +52,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
             api_keys=config.api_key,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
+            sampling_defaults=model.sampling_defaults,
         ),
         registry=registry,
         tracer=tracer,

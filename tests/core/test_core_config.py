@@ -55,6 +55,7 @@ class TestLoad:
             "attention": ("xla", "xla"),
             "enable_prefix_caching": ("false", False),
             "memory_fraction": ("0.5", 0.5),
+            "generation_config": ("none", "none"),
             "served_model_name": ("a,b", ("a", "b")),
             "api_key": ("a,b", ("a", "b")),
             "drain_deadline_s": ("1.5", 1.5),

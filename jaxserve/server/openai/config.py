@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
+
 MAX_N = 128
 """Most sequences a prompt may ask for by default."""
 
@@ -12,6 +14,12 @@ MAX_PROMPTS = 1024
 
 MAX_SEQUENCES = 2048
 """Most sequences a request may ask for by default, over all its prompts."""
+
+MAX_ALLOWED_IDS = 1 << 21
+"""Most entries of `allowed_token_ids` times sequences, since each sequence has its own loaded."""
+
+MAX_PROMPT_LOGPROBS = 1 << 21
+"""Most log-probabilities of prompt tokens and alternatives in an answer; they are some hundred megabytes of text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +35,7 @@ class AppConfig:
         max_prompts: Most prompts a request may bring.
         max_sequences: Most sequences a request may ask for over all its prompts.
         request_timeout_s: Seconds after which a request is ended with an error; None means never.
+        sampling_defaults: Of requests that do not say.
     """
 
     served_model_names: tuple[str, ...]
@@ -37,3 +46,4 @@ class AppConfig:
     max_prompts: int = MAX_PROMPTS
     max_sequences: int = MAX_SEQUENCES
     request_timeout_s: float | None = None
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS

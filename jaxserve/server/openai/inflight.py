@@ -184,7 +184,9 @@ def _of_the_body(error: InvalidRequestError | QueueFullError, generation: Genera
                 param="prompt",
             )
         case InvalidRequestError(param="n") if requests[0].n != generation.num_choices:
-            return InvalidRequestError(f"best_of: {error.message}", param="best_of")
+            # The engine knows n alone.
+            asked = requests[0].n
+            return InvalidRequestError(f"best_of={asked}{error.message.removeprefix(f'n={asked}')}", param="best_of")
     return error
 
 

@@ -14,6 +14,8 @@ from typing import TypeVar
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineInfo
+from jaxserve.sampling.validate import MAX_BAD_WORDS
+from jaxserve.server.openai.asked import check_lengths, check_products
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.conversation import content_text, render_conversation
 from jaxserve.server.openai.echo import Echo, echo_of_ids, echo_of_text
@@ -118,8 +120,12 @@ class Translator:
         self._check_limits(body, 1, body.n or 1)
         room = _room(body, info)
         prompt = self._truncated(body, self.chat_prompt(body, room=room), sampling, info)
+        if sampling.max_tokens is None and (most := self._config.sampling_defaults.max_tokens) is not None:
+            # Nobody asked for so many: they are bounded by what there is room for, and by what was asked for.
+            most = min(max(most, sampling.min_tokens), info.max_model_len - len(prompt))
+            sampling = replace(sampling, max_tokens=max(1, most))
         return self._generation(
-            body, response_id, sampling, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
+            body, response_id, sampling, info, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
         )
 
     def completion(self, body: CompletionBody, info: EngineInfo, response_id: str) -> Generation:
@@ -150,7 +156,7 @@ class Translator:
             self._echo(body, *of_prompt) for of_prompt in zip(body.prompt, encoded, map(len, prompts), strict=True)
         )
         generation = self._generation(
-            body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
+            body, response_id, sampling, info, prompts=prompts, echoes=echoes, num_sequences=num_sequences
         )
         return replace(
             generation,
@@ -239,13 +245,13 @@ class Translator:
 
     def _sampling(self, body: GenerationBody, info: EngineInfo) -> SamplingParams:
         """What both endpoints understand alike; lengths and log-probabilities are theirs to add."""
-        defaults = SamplingParams()
+        defaults = self._config.sampling_defaults.params()
         return SamplingParams(
             min_tokens=body.min_tokens or 0,
             temperature=_or(body.temperature, defaults.temperature),
-            top_k=max(0, body.top_k or 0),
+            top_k=max(0, _or(body.top_k, defaults.top_k)),
             top_p=_or(body.top_p, defaults.top_p),
-            min_p=body.min_p or 0.0,
+            min_p=_or(body.min_p, defaults.min_p),
             repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
@@ -268,21 +274,29 @@ class Translator:
             raise InvalidRequestError("bad_words must not hold blank texts.", param="bad_words")
         spelled = [form for word in bare for form in (word, f" {word}")]
         found = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in spelled)
-        return tuple(dict.fromkeys(ids for ids in found if ids))
+        forms = tuple(dict.fromkeys(ids for ids in found if ids))
+        if len(forms) > MAX_BAD_WORDS:
+            raise InvalidRequestError(
+                f"bad_words: {len(words)} texts have {len(forms)} forms, with and without a space before them; there "
+                f"may be {MAX_BAD_WORDS} forms at most.",
+                param="bad_words",
+            )
+        return forms
 
     def _generation(
         self,
         body: ChatBody | CompletionBody,
         response_id: str,
         sampling: SamplingParams,
+        info: EngineInfo,
         *,
         prompts: Sequence[tuple[int, ...]],
         echoes: tuple[Echo, ...],
         num_sequences: int,
     ) -> Generation:
         options = _stream_options(body)
-        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-            raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
+        check_lengths(body, sampling, prompts, info.max_model_len)
+        check_products(body, sampling, prompts, num_sequences)
         requests = tuple(
             Request(
                 request_id=f"{response_id}-{i}",
@@ -319,8 +333,8 @@ class Translator:
             raise InvalidRequestError(f"prompt may hold at most {config.max_prompts} prompts.", param="prompt")
         if num_prompts * num_sequences > config.max_sequences:
             raise InvalidRequestError(
-                f"{num_prompts} prompts times {num_sequences} sequences are more than the {config.max_sequences} a "
-                "request may ask for.",
+                f"{num_prompts} prompts with {param}={num_sequences} are {num_prompts * num_sequences} sequences, more "
+                f"than the {config.max_sequences} a request may ask for.",
                 param=param,
             )
 
@@ -329,7 +343,10 @@ def _stream_options(body: GenerationBody) -> StreamOptions:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
     if body.stream and body.prompt_logprobs is not None:
-        raise InvalidRequestError("prompt_logprobs cannot be streamed; use echo and logprobs.", param="prompt_logprobs")
+        instead = "" if isinstance(body, ChatBody) else ", or use echo and logprobs"
+        raise InvalidRequestError(
+            f"prompt_logprobs cannot be streamed; leave stream out{instead}.", param="prompt_logprobs"
+        )
     return body.stream_options or StreamOptions()
 
 

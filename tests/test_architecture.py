@@ -31,8 +31,8 @@ HOST_ONLY = (
     "core.*", "telemetry.*", "text.*", "models.spec", "kv.pages", "kv.prefix", "kv.salt", "kv.manager", "sampling.stop",
     "sampling.validate", "engine.sequence", "engine.policy", "engine.scheduler", "engine.queue", "engine.slots",
     "engine.admission", "engine.preemption", "engine.fairness", "engine.intake", "engine.pace", "engine.watchdog",
-    "engine.api", "engine.fake", "engine.generation", "server.*", "bench.workload", "bench.client", "bench.report",
-    "bench.openai_url", "bench.serve", "bench.abuse.*",
+    "engine.logprobs", "engine.api", "engine.fake", "engine.generation", "server.*", "bench.workload", "bench.client",
+    "bench.report", "bench.openai_url", "bench.serve", "bench.abuse.*",
 )
 # fmt: on
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}

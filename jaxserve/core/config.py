@@ -116,6 +116,12 @@ class ServeConfig:
         None, Path, "file with the Jinja chat template to use (none: the model's own)", none="none"
     )
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
+    generation_config: str = declare(
+        "auto",
+        choice("auto", "none"),
+        "where requests get temperature, top_p, top_k, min_p, repetition_penalty and max_tokens that they do not give: "
+        "auto takes those of the preset or of the checkpoint (generation_config.json); none takes neutral ones",
+    )
     api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
     trusted_proxies: tuple[str, ...] = declare(
         (),

@@ -7,8 +7,8 @@ so engines, schedulers and the wire never see a tokenizer.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 MAX_LOGPROBS = 20
 """Most alternatives a logprobs request may ask for (OpenAI's bound)."""
@@ -84,6 +84,39 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingDefaults:
+    """What a model's makers advise where a request says nothing; None leaves it to `SamplingParams`.
+
+    Attributes:
+        temperature: As in `SamplingParams`, like the others.
+        top_k: 0 keeps all.
+        top_p: In (0, 1].
+        min_p: In [0, 1].
+        repetition_penalty: 1 changes nothing.
+        max_tokens: Of answers to messages; never more than the context has room for.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+    def said(self) -> dict[str, float]:
+        """Those that are not None, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self) -> SamplingParams:
+        """Parameters of a request that says nothing itself."""
+        return SamplingParams(**self.said())  # type: ignore[arg-type]  # fields of the same names and types
+
+
+NO_DEFAULTS = SamplingDefaults()
+"""Nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt and what to do with it.
 
@@ -148,7 +181,7 @@ class TokenEvent:
     index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

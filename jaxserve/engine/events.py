@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxserve.core.types import FinishReason, TokenEvent
+from jaxserve.engine.logprobs import LogprobTable
 from jaxserve.engine.sequence import Sequence
-from jaxserve.engine.steps import LogprobTable, ScheduledSequence, StepResult
+from jaxserve.engine.steps import ScheduledSequence, StepResult
 
 
 def token_event(
@@ -50,7 +51,7 @@ def token_event(
         index=sequence.index,
         token_ids=(token_id,),
         logprobs=logprobs,
-        prompt_logprobs=None if prompt is None else tuple(prompt),
+        prompt_logprobs=prompt,
         num_cached_tokens=max(first.num_cached_tokens, 0),
         finish_reason=reason,
         stop_token_id=stop_token_id,
@@ -78,4 +79,4 @@ def collect_prompt_logprobs(
     if count <= 0:
         return
     assert table is not None, "the step was asked for prompt log-probabilities"
-    collected.extend(table.row(first_row + i, num_top) for i in range(count))
+    collected.add(table.copy_of(first_row, first_row + count, num_top))

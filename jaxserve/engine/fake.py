@@ -229,8 +229,8 @@ class FakeEngine:
             raise InvalidRequestError("max_tokens must be at least 1.", param="max_tokens")
         if len(request.prompt) + (sampling.max_tokens or 1) > info.max_model_len:
             raise ContextLengthError(
-                f"The prompt's {len(request.prompt)} tokens and the {sampling.max_tokens or 1} asked for do not fit "
-                f"the context of {info.max_model_len}; shorten one of them.",
+                f"The prompt's {len(request.prompt)} tokens and max_tokens={sampling.max_tokens or 1} do not fit the "
+                f"context of {info.max_model_len}; shorten one of them.",
                 param="prompt",
             )
 

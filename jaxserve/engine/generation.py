@@ -7,13 +7,13 @@ string ends there; when all sequences of the request have ended, the engine is t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxserve.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from jaxserve.engine.api import Engine
-from jaxserve.sampling.stop import StopMatcher
+from jaxserve.sampling.stop import StopMatcher, StopTable
 from jaxserve.text.detokenize import IncrementalDetokenizer
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class TextEvent:
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -59,10 +59,10 @@ class _Closable(Protocol):
 class _SequenceText:
     """Text of one sequence in flight."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, stops: StopTable) -> None:
         self._sampling = sampling
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
-        self._stops = StopMatcher(sampling.stop, include=sampling.include_stop_str_in_output)
+        self._stops = StopMatcher(stops, include=sampling.include_stop_str_in_output)
         self._num_tokens = 0
         self.ended = False
 
@@ -127,7 +127,9 @@ class TextStream(AsyncIterator[TextEvent]):
         self._events = engine.stream(request)
         self._engine = engine
         self._request = request
-        self._sequences = [_SequenceText(tokenizer, request.sampling) for _ in range(request.n)]
+        stops = StopTable(request.sampling.stop)
+        self._sequences = [_SequenceText(tokenizer, request.sampling, stops) for _ in range(request.n)]
+        self._num_live = request.n
         self._open = True
 
     def __aiter__(self) -> TextStream:
@@ -137,7 +139,7 @@ class TextStream(AsyncIterator[TextEvent]):
     async def __anext__(self) -> TextEvent:
         """The next event of a sequence that has not ended."""
         while self._open:
-            if all(sequence.ended for sequence in self._sequences):
+            if self._num_live == 0:
                 await self.aclose()
                 break
             try:
@@ -147,7 +149,9 @@ class TextStream(AsyncIterator[TextEvent]):
                 break
             sequence = self._sequences[event.index]
             if not sequence.ended:
-                return sequence.take(event)
+                taken = sequence.take(event)
+                self._num_live -= sequence.ended
+                return taken
         raise StopAsyncIteration
 
     async def aclose(self) -> None:

@@ -53,11 +53,16 @@ def check_fits(request: Request, config: SchedulerConfig, kv: KVManager) -> None
         )
     num_prompt, asked = len(request.prompt), request.sampling.max_tokens
     room = min(config.max_model_len, kv.capacity_tokens)
-    if num_prompt + (asked or 1) > room:
+    if num_prompt >= room:
         raise ContextLengthError(
-            f"The prompt's {num_prompt} tokens and the {asked or 1} asked for exceed the context of {room} tokens; "
-            "shorten the prompt or lower max_tokens.",
-            param="prompt" if asked is None or num_prompt >= room else "max_tokens",
+            f"The prompt's {num_prompt} tokens leave no room for output in the context of {room} tokens; shorten it.",
+            param="prompt",
+        )
+    if asked is not None and num_prompt + asked > room:
+        raise ContextLengthError(
+            f"The prompt's {num_prompt} tokens and max_tokens={asked} exceed the context of {room} tokens; shorten the "
+            "prompt or lower max_tokens.",
+            param="max_tokens",
         )
 
 

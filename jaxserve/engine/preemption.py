@@ -14,6 +14,7 @@ again and again, to let its own sequences grow.
 from __future__ import annotations
 
 from jaxserve.engine.fairness import VirtualTokenCounter
+from jaxserve.engine.logprobs import PromptLogprobs
 from jaxserve.engine.queue import WaitingQueue
 from jaxserve.engine.sequence import Sequence, rank_of
 from jaxserve.engine.slots import Slots
@@ -70,5 +71,5 @@ class Preemption:
         sequence.num_in_flight = 0
         sequence.epoch += 1
         if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs = [None]
+            sequence.prompt_logprobs = PromptLogprobs()
         self._waiting.add(sequence)

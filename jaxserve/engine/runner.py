@@ -18,8 +18,9 @@ from jaxtyping import Array
 
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.compile import Executables
+from jaxserve.engine.logprobs import LogprobTable
 from jaxserve.engine.programs import COPY_BATCH, Replica
-from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
+from jaxserve.engine.steps import ScheduledStep, StepResult
 from jaxserve.models.params import Held
 from jaxserve.sampling.logprobs import SampleOutput
 from jaxserve.sampling.state import admission

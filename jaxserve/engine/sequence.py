@@ -15,8 +15,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from jaxserve.core.types import Request, TokenLogprobs
+from jaxserve.core.types import Request
 from jaxserve.engine.fairness import Account
+from jaxserve.engine.logprobs import PromptLogprobs
 from jaxserve.kv.pages import PageTable
 
 Rank = tuple[float, int]
@@ -133,7 +134,7 @@ class Sequence:
         self.first = FirstEvent()
         self.epoch = 0
         wanted = index == 0 and request.sampling.prompt_logprobs is not None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
+        self.prompt_logprobs: PromptLogprobs | None = PromptLogprobs() if wanted else None
 
     @property
     def pages(self) -> list[int]:

@@ -6,14 +6,10 @@ device), then longer chunks. A `StepResult` is aligned with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jaxserve.core.types import TokenLogprobs
+from jaxserve.engine.logprobs import LogprobTable
 from jaxserve.engine.policy import SchedulerConfig, trimmed_tokens
 from jaxserve.engine.sequence import Sequence
 
@@ -69,40 +65,6 @@ class ScheduledStep:
     admitted: tuple[Sequence, ...]
     scheduled_s: float
     page_copies: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogprobTable:
-    """Log-probabilities of a row a token, as the device reports them.
-
-    Attributes:
-        token_ids: [R] int32; the token each row is about.
-        logprob: [R] float32.
-        rank: [R] int32, 1 is the most likely.
-        top_ids: [R, MAX_LOGPROBS] int32.
-        top_logprobs: [R, MAX_LOGPROBS] float32.
-    """
-
-    token_ids: NDArray[np.int32]
-    logprob: NDArray[np.float32]
-    rank: NDArray[np.int32]
-    top_ids: NDArray[np.int32]
-    top_logprobs: NDArray[np.float32]
-
-    def row(self, index: int, num_top: int) -> TokenLogprobs:
-        """One row as the API reports it, with `num_top` alternatives."""
-        ids, values = self.top_ids[index, :num_top].tolist(), self.top_logprobs[index, :num_top].tolist()
-        return TokenLogprobs(
-            token_id=int(self.token_ids[index]),
-            logprob=float(self.logprob[index]),
-            rank=int(self.rank[index]),
-            top=tuple(zip(ids, values, strict=True)),
-        )
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, NDArray[np.generic]]) -> LogprobTable:
-        """A table of arrays by field name."""
-        return cls(**arrays)  # type: ignore[arg-type]  # numpy arrays of the dtypes above, by the device's types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -136,7 +136,7 @@ async def generate_all(
 
 async def _generate_one(engine: Engine, tokenizer: Tokenizer, prompt: str | None, request: Request) -> GenerationOutput:
     sequences = [_Collector() for _ in range(request.n)]
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens = 0
     stream = await _submit(engine, tokenizer, request)
     try:
@@ -154,7 +154,7 @@ async def _generate_one(engine: Engine, tokenizer: Tokenizer, prompt: str | None
     return GenerationOutput(
         prompt=prompt,
         prompt_token_ids=request.prompt,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
         num_cached_tokens=num_cached_tokens,
         outputs=tuple(sequence.output(index) for index, sequence in enumerate(sequences)),
     )

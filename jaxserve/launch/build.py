@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.checkpoint.presets import default_presets_dir
+from jaxserve.checkpoint.presets import default_presets_dir, read_preset
+from jaxserve.checkpoint.sampling_defaults import load_sampling_defaults
 from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
-from jaxserve.core.errors import CheckpointError, ConfigError, JaxserveError
+from jaxserve.core.errors import CheckpointError, ConfigError, InvalidRequestError, JaxserveError
 from jaxserve.core.resolution import Facts, ResolvedConfig, auto_dtype, resolve
+from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.batch import Buckets
 from jaxserve.engine.compile import (
@@ -46,7 +48,7 @@ from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec
 from jaxserve.pallas.dispatch import Backend, preference
 from jaxserve.quant.bits import storage_dtype
-from jaxserve.sampling.validate import MAX_STOP_IDS, SamplingLimits
+from jaxserve.sampling.validate import MAX_STOP_IDS, SamplingLimits, validate_sampling
 from jaxserve.sharding.mesh import TENSOR, make_mesh
 from jaxserve.sharding.rules import kv_repeat
 from jaxserve.text.chat import ChatTemplate
@@ -72,6 +74,7 @@ class Model:
         tokenizer: Text to ids and back.
         chat_template: Messages to text; None if the model has none.
         name: What it is served as.
+        sampling_defaults: Of requests that do not say.
     """
 
     source: CheckpointSource
@@ -79,6 +82,7 @@ class Model:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     name: str
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
 
 
 def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
@@ -98,7 +102,29 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         tokenizer=tokenizer,
         chat_template=_chat_template(config, tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,
+        sampling_defaults=_sampling_defaults(config, source, spec),
     )
+
+
+def _sampling_defaults(config: ServeConfig, source: CheckpointSource, spec: ModelSpec) -> SamplingDefaults:
+    """The model's, unless nobody wants them.
+
+    Raises:
+        CheckpointError: They are nothing that a request could ask for.
+    """
+    if config.generation_config == "none":
+        return NO_DEFAULTS
+    defaults = load_sampling_defaults(source, read_preset(config.model, default_presets_dir()))
+    try:
+        validate_sampling(
+            defaults.params(), SamplingLimits(vocab_size=spec.vocab_size, max_model_len=spec.max_position)
+        )
+    except InvalidRequestError as error:
+        raise CheckpointError(
+            f"The sampling defaults of {source.name} cannot be used: {error.message} Correct them, or pass over them "
+            "with --generation-config none."
+        ) from error
+    return defaults
 
 
 def _chat_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:

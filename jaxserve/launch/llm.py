@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 from jaxserve.core.config import ServeConfig, load
 from jaxserve.core.environment import warn_of_service_links
 from jaxserve.core.errors import ConfigError, InvalidRequestError, UnavailableError
-from jaxserve.core.types import Request, SamplingParams
+from jaxserve.core.types import NO_DEFAULTS, Request, SamplingDefaults, SamplingParams
 from jaxserve.engine.api import Engine
 from jaxserve.launch.batch import GenerationOutput, generate_all
 from jaxserve.launch.progress import ProgressDisplay
@@ -56,27 +56,41 @@ class LLM:
         with ProgressDisplay() as display:
             found = find_model(config, display)
             engine = build_engine(config, found, progress=display)
-        self._attach(engine, found.tokenizer, found.chat_template, owned=found.chat_template)
+        self._attach(engine, found.tokenizer, found.chat_template, found.sampling_defaults, owned=found.chat_template)
 
     @classmethod
-    def from_engine(cls, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> Self:
+    def from_engine(
+        cls,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        sampling_defaults: SamplingDefaults = NO_DEFAULTS,
+    ) -> Self:
         """An LLM around an engine that exists already, which it closes with itself.
 
         Args:
             engine: Runs the requests.
             tokenizer: Turns prompts into tokens and tokens into text.
             chat_template: For `chat`; not closed with the LLM.
+            sampling_defaults: For `default_sampling_params`.
         """
         llm = cls.__new__(cls)
-        llm._attach(engine, tokenizer, chat_template, owned=None)
+        llm._attach(engine, tokenizer, chat_template, sampling_defaults, owned=None)
         return llm
 
     def _attach(
-        self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate | None, *, owned: ChatTemplate | None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        sampling_defaults: SamplingDefaults,
+        *,
+        owned: ChatTemplate | None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._sampling_defaults = sampling_defaults
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxserve-llm", daemon=True)
@@ -97,6 +111,10 @@ class LLM:
         """Frees the engine, its device memory, the thread and the template's processes. Idempotent."""
         self._finalizer()
 
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's makers advise: the sampling parameters of its preset or checkpoint, else neutral ones."""
+        return self._sampling_defaults.params()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -109,7 +127,7 @@ class LLM:
 
         Args:
             prompts: One prompt or several; a list of integers is one prompt of token ids.
-            sampling_params: For all prompts, or one for each.
+            sampling_params: For all prompts, or one for each; `default_sampling_params` if None.
             n: Sequences for each prompt.
             progress: Show a bar on a terminal, or log lines elsewhere.
 
@@ -122,7 +140,7 @@ class LLM:
             UnavailableError: The LLM is closed.
         """
         several = _several(prompts)
-        params = _one_each(sampling_params, len(several))
+        params = self._one_each(sampling_params, len(several))
         pairs = [(self._encoded(prompt), each) for prompt, each in zip(several, params, strict=True)]
         requests = [
             Request(request_id=f"llm-{next(self._numbers)}", prompt=ids, sampling=each, n=n) for ids, each in pairs
@@ -144,7 +162,7 @@ class LLM:
 
         Args:
             messages: One conversation or several.
-            sampling_params: For all conversations, or one for each.
+            sampling_params: For all conversations, or one for each; `default_sampling_params` if None.
             tools: JSON schemas of tools the model may call.
             continue_final_message: Continue the last message instead of beginning one.
             chat_template_kwargs: Further variables for the chat template.
@@ -160,7 +178,7 @@ class LLM:
             raise InvalidRequestError("This model has no chat template; use generate with a prompt.", param="messages")
         self._require_open()
         conversations = _conversations(messages)
-        params = _one_each(sampling_params, len(conversations))
+        params = self._one_each(sampling_params, len(conversations))
         texts = [
             self.chat_template.render(
                 conversation,
@@ -180,6 +198,11 @@ class LLM:
             for text, each in zip(texts, params, strict=True)
         ]
         return self._run(texts, requests, progress=progress)
+
+    def _one_each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        return _one_each(self.default_sampling_params() if params is None else params, count)
 
     def _encoded(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
@@ -254,9 +277,9 @@ def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) ->
     return [single] if single else several
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise InvalidRequestError(
             f"There are {count} prompts but {len(params)} sampling_params; give one for all or one for each.",

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import JaxserveError
-from jaxserve.launch.build import Progress, build_engine, find_model
+from jaxserve.launch.build import Model, Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
 from jaxserve.server.lifecycle import serve_app
 from jaxserve.server.openai.app import create_app
@@ -38,6 +38,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     """
     release = version("jaxserve")
     model = find_model(config, progress)
+    _tell_sampling_defaults(model)
     registry = CollectorRegistry()
     tracer = None
     if config.otlp_endpoint is not None:
@@ -45,25 +46,13 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
     names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
     metrics = EngineMetrics(registry, names[0])
-    policy = CallerPolicy(
-        trusted_proxies=config.trusted_proxies,
-        min_priority=config.min_priority,
-        max_priority=config.max_priority,
-        share_prefix_cache=config.share_prefix_cache,
-    )
-    shares = Callers(config.api_key, policy).shares
+    app_config = _app_config(config, model, names, release)
+    shares = Callers(app_config.api_keys, app_config.callers).shares
     app = create_app(
         slot,
         model.tokenizer,
         model.chat_template,
-        AppConfig(
-            served_model_names=names,
-            version=release,
-            api_keys=config.api_key,
-            callers=policy,
-            max_body_bytes=config.max_body_bytes,
-            request_timeout_s=config.request_timeout_s,
-        ),
+        app_config,
         registry=registry,
         tracer=tracer,
     )
@@ -86,6 +75,29 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     finally:
         if model.chat_template is not None:
             model.chat_template.close()
+
+
+def _app_config(config: ServeConfig, model: Model, names: tuple[str, ...], release: str) -> AppConfig:
+    return AppConfig(
+        served_model_names=names,
+        version=release,
+        api_keys=config.api_key,
+        callers=CallerPolicy(
+            trusted_proxies=config.trusted_proxies,
+            min_priority=config.min_priority,
+            max_priority=config.max_priority,
+            share_prefix_cache=config.share_prefix_cache,
+        ),
+        max_body_bytes=config.max_body_bytes,
+        request_timeout_s=config.request_timeout_s,
+        sampling_defaults=model.sampling_defaults,
+    )
+
+
+def _tell_sampling_defaults(model: Model) -> None:
+    if said := model.sampling_defaults.said():
+        named = ", ".join(f"{name}={value:g}" for name, value in said.items())
+        _LOG.info("sampling defaults of the model: %s (--generation-config none takes neutral ones)", named)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ refused with an error that names the parameter. Host-only: no array library is i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from jaxserve.core.errors import InvalidRequestError
@@ -113,7 +113,9 @@ def _check_numbers(params: SamplingParams) -> None:
 
 def _check_token_ids(params: SamplingParams, limits: SamplingLimits) -> None:
     _token_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
-    _at_most("stop_token_ids", len(stop_ids(params, limits.eos_token_ids)), limits.max_stop_ids, "token ids")
+    eos = frozenset(limits.eos_token_ids)
+    own = frozenset(params.stop_token_ids) - eos
+    _at_most("stop_token_ids", len(own), limits.max_stop_ids - len(eos), f"token ids beside the model's own {len(eos)}")
     _token_ids("logit_bias", params.logit_bias, limits.vocab_size)
     _at_most("logit_bias", len(params.logit_bias), limits.max_bias_ids, "entries")
     for value in params.logit_bias.values():
@@ -136,16 +138,19 @@ def _check_bad_words(params: SamplingParams, limits: SamplingLimits) -> None:
 def _check_something_allowed(params: SamplingParams, limits: SamplingLimits) -> None:
     """A request whose first token is already impossible is refused rather than answered against its own wishes."""
     banned = {word[0] for word in params.bad_words if len(word) == 1}
+    askers = ["bad_words"] if banned else []
     if params.min_tokens > 0:
         banned.update(stop_ids(params, limits.eos_token_ids))
+        askers.append("min_tokens")
+    who = " and ".join(askers)
     if params.allowed_token_ids is not None:
         if banned.issuperset(params.allowed_token_ids):
             raise InvalidRequestError(
-                "allowed_token_ids leaves no token once bad_words and min_tokens have banned theirs.",
+                f"allowed_token_ids has no token beside those that {who} ban.",
                 param="allowed_token_ids",
             )
     elif len(banned) >= limits.vocab_size:
-        raise InvalidRequestError("bad_words and min_tokens together ban every token.", param="bad_words")
+        raise InvalidRequestError(f"{who} ban every token.", param=askers[0])
 
 
 def _number(name: str, value: float, low: float, high: float) -> None:
@@ -160,8 +165,9 @@ def _integer(name: str, value: int, low: int, high: int | None) -> None:
         raise InvalidRequestError(f"{name} must be {wanted}, not {value}.", param=name)
 
 
-def _token_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in ids:
+def _token_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    # There may be as many as the vocabulary has, and this is done for each prompt of a body.
+    for token_id in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
                 f"{name} contains token id {token_id}, which is outside the vocabulary [0, {vocab_size}).", param=name

@@ -56,6 +56,7 @@ class TestLoad:
             "attention": ("xla", "xla"),
             "enable_prefix_caching": ("false", False),
             "memory_fraction": ("0.5", 0.5),
+            "generation_config": ("none", "none"),
             "served_model_name": ("a,b", ("a", "b")),
             "ignore_config_keys": ("a,rope_scaling.b", ("a", "rope_scaling.b")),
             "api_key": ("a,b", ("a", "b")),

@@ -91,6 +91,12 @@ def test_openai_client_streams_the_answer(client: openai.OpenAI) -> None:
     assert len([piece for piece in pieces if piece]) >= 7
 
 
+def test_the_demo_is_sampled_as_its_card_says(client: openai.OpenAI) -> None:
+    """At temperature 1 it answers gibberish, and a newcomer's first chat says nothing of temperature."""
+    [model] = client.models.list()
+    assert model.model_dump()["default_sampling_params"] == {"temperature": 0.2, "top_p": 0.9}
+
+
 def test_metrics_have_the_promised_names(server: ServeProcess, client: openai.OpenAI) -> None:
     ask(client)
     server.wait_until_idle()

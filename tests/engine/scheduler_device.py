@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxserve.core.types import TokenLogprobs
-from jaxserve.engine.steps import LogprobTable, ScheduledStep, StepResult
+from jaxserve.engine.logprobs import LogprobTable
+from jaxserve.engine.steps import ScheduledStep, StepResult
 
 VOCAB_SIZE = 50
 EOS = 7

@@ -7,9 +7,11 @@ import pytest
 
 from jaxserve.core.errors import InvalidRequestError
 from jaxserve.core.types import FinishReason, Request, SamplingParams
+from jaxserve.engine import generation
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.fake import FakeBehaviour, FakeEngine
 from jaxserve.engine.generation import TextEvent, generate_text
+from jaxserve.sampling.stop import StopTable
 
 
 class Letters:
@@ -184,3 +186,19 @@ async def test_abort_from_outside_is_the_last_event() -> None:
     rest = [event async for event in stream]
     assert first.text == "a"
     assert [event.finish_reason for event in rest] == [FinishReason.ABORT]
+
+
+async def test_sequences_share_one_table_of_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 strings of 1,024 characters for each of 128 sequences are eight million characters to prepare."""
+    made: list[StopTable] = []
+
+    def table(stops: Sequence[str]) -> StopTable:
+        made.append(StopTable(stops))
+        return made[-1]
+
+    monkeypatch.setattr(generation, "StopTable", table)
+    stops = tuple(f"{i:02d}" + "x" * 1022 for i in range(64))
+    events = await collect(engine_saying(b"abc"), request(n=8, stop=(*stops, "c")))
+    assert all(text_of(events, index) == "ab" for index in range(8))
+    assert len(made) == 1
+    assert made[0].num_states < 10

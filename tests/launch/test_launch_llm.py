@@ -16,7 +16,7 @@ from rich.console import Console
 import jaxserve
 from jaxserve import LLM, SamplingParams
 from jaxserve.core.errors import ConfigError, EngineError, InvalidRequestError, QueueFullError, UnavailableError
-from jaxserve.core.types import FinishReason
+from jaxserve.core.types import NO_DEFAULTS, FinishReason, SamplingDefaults
 from jaxserve.engine.api import EngineInfo
 from jaxserve.engine.fake import FakeBehaviour, FakeEngine
 from jaxserve.launch.progress import ProgressDisplay
@@ -83,6 +83,17 @@ def test_parameters_for_each_prompt(llm: LLM) -> None:
     assert [entry.token_id for entry in second.outputs[0].logprobs or ()] == [401, 402]
     with pytest.raises(InvalidRequestError, match="2 prompts but 1 sampling_params"):
         llm.generate([[300], [400]], params[:1], progress=False)
+
+
+def test_the_models_own_parameters_unless_given() -> None:
+    engine = fake_engine()
+    with LLM.from_engine(engine, TOKENIZER, TEMPLATE, SamplingDefaults(temperature=0.25, max_tokens=2)) as llm:
+        assert llm.default_sampling_params() == SamplingParams(temperature=0.25, max_tokens=2)
+        llm.generate("the", progress=False)
+        llm.chat([{"role": "user", "content": "the"}], progress=False)
+        llm.generate("the", GREEDY, progress=False)
+    own = SamplingParams(temperature=0.25, max_tokens=2)
+    assert [request.sampling for request in engine.submitted] == [own, own, GREEDY]
 
 
 def test_several_sequences_and_prompt_logprobs(llm: LLM) -> None:
@@ -218,7 +229,7 @@ def test_close_ends_the_processes_of_the_models_template(monkeypatch: pytest.Mon
     from jaxserve.launch import build, platform
 
     template = ChatTemplate("{{ messages[0].content }}", {})
-    found = SimpleNamespace(tokenizer=TOKENIZER, chat_template=template)
+    found = SimpleNamespace(tokenizer=TOKENIZER, chat_template=template, sampling_defaults=NO_DEFAULTS)
     monkeypatch.setattr(platform, "settle_platform", lambda: None)
     monkeypatch.setattr(build, "find_model", lambda *given: found)
     monkeypatch.setattr(build, "build_engine", lambda *given, **named: fake_engine())

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from server_harness import make_engine
 
+from jaxserve.checkpoint.presets import default_presets_dir, read_preset
+from jaxserve.checkpoint.sources import resolve_source
 from jaxserve.core.config import ServeConfig, load
-from jaxserve.core.errors import ConfigError, InvalidRequestError, UnavailableError
+from jaxserve.core.errors import CheckpointError, ConfigError, InvalidRequestError, UnavailableError
+from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
 from jaxserve.engine.api import Engine
-from jaxserve.launch import serve
+from jaxserve.launch import build, serve
 from jaxserve.launch.build import find_model
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.text.chat import ChatTemplate
@@ -79,6 +82,35 @@ def test_settings_reach_the_app(wired: Wired) -> None:
     assert load({"request_timeout_s": "none"}, environ={}).request_timeout_s is None
 
 
+@pytest.mark.parametrize("flag", [None, "auto", "none"])
+def test_sampling_defaults_reach_the_app(wired: Wired, monkeypatch: pytest.MonkeyPatch, flag: str | None) -> None:
+    card = SamplingDefaults(temperature=0.6, top_k=20)
+    monkeypatch.setattr(build, "load_sampling_defaults", lambda source, preset: card)
+    serve.run(load({"model": CONFIG.model, "generation_config": flag}, environ={}))
+    [app] = wired.app
+    assert app.sampling_defaults == (NO_DEFAULTS if flag == "none" else card)
+
+
+def test_presets_are_found_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def defaults(source: object, preset: object) -> SamplingDefaults:
+        given.append(preset)
+        return NO_DEFAULTS
+
+    monkeypatch.setattr(build, "load_sampling_defaults", defaults)
+    monkeypatch.setattr(build, "resolve_source", lambda model, **given: resolve_source(CONFIG.model, **given))
+    for model in ("smollm2-135m", "a/smollm2-135m"):
+        find_model(ServeConfig(model=model))
+    assert given == [read_preset("smollm2-135m", default_presets_dir()), None]
+
+
+def test_defaults_that_no_request_could_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load_sampling_defaults", lambda source, preset: SamplingDefaults(top_p=0.0))
+    with pytest.raises(CheckpointError, match=r"top_p must be greater than 0.*--generation-config none"):
+        find_model(CONFIG)
+
+
 @pytest.mark.usefixtures("thawed")
 def test_what_exists_at_readiness_is_kept_out_of_garbage_collection(wired: Wired) -> None:
     serve.run(CONFIG)
@@ -92,11 +124,10 @@ def test_what_exists_at_readiness_is_kept_out_of_garbage_collection(wired: Wired
 
 def test_template_for_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder has a template for tools beside the usual one; its config is not one of a model that can be served."""
-    from jaxserve.launch import build
     from jaxserve.text.tokenizer import tokenizer_from_folder
 
     tokenizer = tokenizer_from_folder(TEXT_DATA / "llama3_folder", eos_token_ids=(2,))
-    monkeypatch.setattr(build, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(build, "load_tokenizer", lambda source, spec: tokenizer)
     template = find_model(CONFIG).chat_template
     assert template is not None
     messages = [{"role": "user", "content": "Hi"}]
@@ -117,7 +148,7 @@ def given_templates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]
     def give(templates: dict[str, str]) -> None:
         tokenizer = tokenizer_from_folder(TEXT_DATA / "llama3_folder", eos_token_ids=(2,))
         tokenizer = type(tokenizer)(tokenizer.backend, replace(tokenizer.facts, chat_templates=templates))
-        monkeypatch.setattr(build, "load_tokenizer", lambda source: tokenizer)
+        monkeypatch.setattr(build, "load_tokenizer", lambda source, spec: tokenizer)
 
     return give
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.sampling.stop import StopMatcher
+from jaxserve.sampling.stop import StopMatcher, StopTable
 
 TEXTS = st.text("abc", max_size=12)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
@@ -35,7 +35,7 @@ def run(matcher: StopMatcher, pieces: list[tuple[str, bool]]) -> tuple[list[str]
 
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=8), STOPS, st.booleans())
 def test_equal_to_the_oracle(pieces: list[tuple[str, bool]], stops: list[str], include: bool) -> None:
-    shown, stop = run(StopMatcher(stops, include=include), pieces)
+    shown, stop = run(StopMatcher(StopTable(stops), include=include), pieces)
     assert ("".join(shown), stop) == oracle(pieces, stops, include)
 
 
@@ -43,14 +43,14 @@ def test_equal_to_the_oracle(pieces: list[tuple[str, bool]], stops: list[str], i
 def test_cutting_the_text_changes_nothing(text: str, stops: list[str], include: bool, size: int) -> None:
     size += 1
     pieces = [(text[i : i + size], True) for i in range(0, len(text), size)]
-    cut, cut_stop = run(StopMatcher(stops, include=include), pieces)
-    whole, whole_stop = run(StopMatcher(stops, include=include), [(text, True)])
+    cut, cut_stop = run(StopMatcher(StopTable(stops), include=include), pieces)
+    whole, whole_stop = run(StopMatcher(StopTable(stops), include=include), [(text, True)])
     assert ("".join(cut), cut_stop) == ("".join(whole), whole_stop)
 
 
 @given(st.lists(TEXTS, max_size=6), STOPS)
 def test_holds_back_no_more_than_could_be_a_stop_string(pieces: list[str], stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopTable(stops))
     text = shown = ""
     for piece in pieces:
         result = matcher.push(piece)
@@ -64,21 +64,54 @@ def test_holds_back_no_more_than_could_be_a_stop_string(pieces: list[str], stops
 
 
 def test_text_flows_when_there_is_nothing_to_stop_at() -> None:
-    assert StopMatcher([]).push("abc").text == "abc"
+    assert StopMatcher(StopTable([])).push("abc").text == "abc"
 
 
 def test_across_three_pieces() -> None:
-    matcher = StopMatcher(["</end>"])
+    matcher = StopMatcher(StopTable(["</end>"]))
     assert [matcher.push(piece).text for piece in ("x<", "/e", "n")] == ["x", "", ""]
     result = matcher.push("d>y")
     assert (result.text, result.stop) == ("", "</end>")
 
 
 def test_false_alarm_lets_the_text_go() -> None:
-    matcher = StopMatcher(["abcd"])
+    matcher = StopMatcher(StopTable(["abcd"]))
     assert [matcher.push(piece).text for piece in ("ab", "c", "x")] == ["", "", "abcx"]
 
 
 def test_include_keeps_the_stop_string_and_nothing_after() -> None:
-    result = StopMatcher(["stop"], include=True).push("a stop b")
+    result = StopMatcher(StopTable(["stop"]), include=True).push("a stop b")
     assert (result.text, result.stop) == ("a stop", "stop")
+
+
+HOSTILE = [chr(97 + i % 26) * 900 + f"{i:0124d}" for i in range(64)]
+"""As many stop strings as a request may have, as long as they may be, many of them beginning alike."""
+
+
+def test_a_table_costs_nothing_before_text_comes() -> None:
+    table = StopTable(HOSTILE)
+    assert table.num_states == 1
+    matcher = StopMatcher(table)
+    assert matcher.push("A text that is capital letters").text != ""
+    assert table.num_states < 100
+
+
+def test_sequences_share_a_table() -> None:
+    """What the first sequence has made of it is there for all the others, and no text makes it grow for ever."""
+    table = StopTable(HOSTILE)
+    text = HOSTILE[7][:-1] + "?" + HOSTILE[8][:-1] + "?" + HOSTILE[60][3:-2]
+    shown, stop = run(StopMatcher(table), [(text, True)])
+    assert ("".join(shown), stop) == (text, None)
+    made = table.num_states
+    assert made <= 1 + sum(map(len, HOSTILE))
+    for size in (1, 3, 1000):
+        shown, stop = run(StopMatcher(table), [(text[i : i + size], True) for i in range(0, len(text), size)])
+        assert ("".join(shown), stop) == (text, None)
+    assert table.num_states == made
+
+
+def test_many_states_made_at_once() -> None:
+    """The last character of a text that every end of begins a stop string; no recursion as deep as that."""
+    longest = "ab" * 500
+    table = StopTable([longest[i:] + "!" for i in range(64)] + [longest + "x"])
+    assert run(StopMatcher(table), [(longest + "!", True)]) == ([""], longest + "!")

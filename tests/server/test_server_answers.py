@@ -79,8 +79,21 @@ class TestChat:
         assert len({event["id"] for event in events}) == 1
         choices = [event["choices"][0] for event in events]
         assert choices[0]["delta"] == {"role": "assistant", "content": ""}
-        assert [choice["delta"]["content"] for choice in choices[1:]] == ["!", '"', "#", "$"]
-        assert [choice["finish_reason"] for choice in choices] == [None] * 4 + ["length"]
+        assert [choice["delta"] for choice in choices[1:-1]] == [{"content": piece} for piece in '!"#$']
+        assert choices[-1]["delta"] == {}
+        assert [choice["finish_reason"] for choice in choices] == [None] * 5 + ["length"]
+
+    async def test_stream_of_token_ids(self, client: httpx.AsyncClient) -> None:
+        """The prompt's stand at the top of the first chunk, as at the top of a whole answer."""
+        body = chat(n=2, return_token_ids=True)
+        whole = await post(client, CHAT, body)
+        first, *others = await post(client, CHAT, {**body, "stream": True})
+        assert first["prompt_token_ids"] == whole["prompt_token_ids"] == [2, *ids("A"), ASSISTANT]
+        assert not any("prompt_token_ids" in event for event in others)
+        for number in range(2):
+            choices = [c for event in (first, *others) for c in event["choices"] if c["index"] == number]
+            assert choices[0]["prompt_token_ids"] == whole["choices"][number]["prompt_token_ids"]
+            assert [i for c in choices for i in c.get("token_ids", ())] == whole["choices"][number]["token_ids"]
 
     async def test_stream_headers(self, client: httpx.AsyncClient) -> None:
         response = await client.post(CHAT, json=chat(stream=True))
@@ -213,7 +226,8 @@ class TestCompletions:
         body = completion(prompt, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234, stream=stream)
         answer = await post(client, COMPLETIONS, body)
         if stream:
-            parts = [[c["logprobs"] for event in answer for c in event["choices"] if c["index"] == i] for i in range(2)]
+            chosen = [[c for event in answer for c in event["choices"] if c["index"] == i] for i in range(2)]
+            parts = [[c["logprobs"] for c in choices if c["finish_reason"] is None] for choices in chosen]
             logprobs = [{key: [v for p in part for v in p[key]] for key in part[0]} for part in parts]
         else:
             logprobs = [choice["logprobs"] for choice in answer["choices"]]
@@ -262,7 +276,7 @@ class TestCompletions:
         assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\x9f", "A"]
         assert choice["logprobs"]["text_offset"] == [0, 0, 1]
         assert choice["logprobs"]["top_logprobs"][0] == {"bytes:\\xc3": -1.0}
-        assert [event["choices"][0]["text"] for event in events] == ["ß", "A"]
+        assert [event["choices"][0]["text"] for event in events] == ["ß", "A", ""]
 
     async def test_minus_infinity_is_a_number(self) -> None:
         engine = GradedEngine(INFO, grades=(float("-inf"),))

@@ -117,7 +117,7 @@ BAD_BODIES: dict[str, tuple[str, Any, int, str | None]] = {
     ),
     "prompt ids too long": (COMPLETIONS, completion([5] * 300), 400, "prompt"),
     "prompt too long": (COMPLETIONS, completion("x" * 300), 400, "prompt"),
-    "prompt and max_tokens too long": (COMPLETIONS, completion("x", max_tokens=1000), 400, "prompt"),
+    "prompt and max_tokens too long": (COMPLETIONS, completion("x", max_tokens=1000), 400, "max_tokens"),
     "second prompt too long": (COMPLETIONS, completion(["x", "x" * 300]), 400, "prompt"),
     "too many prompts": (COMPLETIONS, completion(["x"] * 2000), 400, "prompt"),
     # ranges

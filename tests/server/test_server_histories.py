@@ -167,9 +167,9 @@ async def test_max_completion_tokens_of_both(client: httpx.AsyncClient, engine: 
 @pytest.mark.parametrize(
     ("fields", "param", "numbers"),
     [
-        ({"prompt": ["A"] * 1024, "n": 2, "stop": ["a"] * 33}, "stop", "33 stop strings times 2048 sequences"),
+        ({"prompt": ["A"] * 1024, "n": 2, "stop": ["a"] * 33}, "stop", "33 strings for each of 2048 sequences"),
         ({"prompt": ["A"] * 16, "n": 128, "stop": ["a"] * 32}, None, ""),
-        ({"prompt": ["A"] * 100, "n": 50, "allowed_token_ids": [5]}, "n", "100 prompts times 50 sequences"),
+        ({"prompt": ["A"] * 100, "n": 50, "allowed_token_ids": [5]}, "n", "100 prompts with n=50 are 5000 sequences"),
         ({"prompt": ["A"] * 1024, "n": 2, "allowed_token_ids": [*range(200)] * 3}, "allowed_token_ids", "260"),
         ({"stop_token_ids": [5] * 65}, "stop_token_ids", "64"),
         ({"prompt": "A", "allowed_token_ids": []}, "allowed_token_ids", "empty"),
@@ -190,8 +190,8 @@ async def test_products_are_bounded(
 async def test_products_of_log_probabilities_and_allowed_ids(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxserve.server.openai.limits.MAX_PROMPT_LOGPROBS", 100)
-    monkeypatch.setattr("jaxserve.server.openai.limits.MAX_ALLOWED_IDS", 100)
+    monkeypatch.setattr("jaxserve.server.openai.asked.MAX_PROMPT_LOGPROBS", 100)
+    monkeypatch.setattr("jaxserve.server.openai.asked.MAX_ALLOWED_IDS", 100)
     for number, status in ((4, 200), (5, 400)):
         # Each prompt has a BOS and a letter, each token ten log-probabilities.
         body = completion(["A"] * number + ["A"], prompt_logprobs=9)

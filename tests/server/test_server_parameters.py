@@ -77,6 +77,12 @@ def ask(client: httpx.AsyncClient) -> Ask:
     return ask
 
 
+def _piece(event: Any) -> str:
+    """The text of a chunk's only choice."""
+    [choice] = event["choices"]
+    return str(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
+
+
 def text(answer: Any) -> str:
     choice = answer["choices"][0]
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
@@ -243,7 +249,11 @@ class TestSampling:
         assert last["choices"] == []
         assert last["usage"]["completion_tokens"] == 4
         continuous = await ask(route, stream=True, stream_options={"continuous_usage_stats": True})
-        assert [event["usage"]["completion_tokens"] for event in continuous][-4:] == [1, 2, 3, 4]
+        told = [(_piece(event), event["usage"]["completion_tokens"]) for event in continuous]
+        expected = [("B", 1), ("C", 2), ("D", 3), ("E", 4), ("", 4)]
+        assert told == (
+            expected if route == COMPLETIONS else [("", 0), ("!", 1), ('"', 2), ("#", 3), ("$", 4), ("", 4)]
+        )
 
     async def test_return_token_ids(self, ask: Ask, engine: FakeEngine, route: str) -> None:
         assert "token_ids" not in (await ask(route))["choices"][0]
@@ -360,6 +370,13 @@ class TestCompletions:
     async def test_echo(self, ask: Ask) -> None:
         assert text(await ask(COMPLETIONS, echo=True)) == "ABCDE"
         assert text(await ask(COMPLETIONS, echo=False)) == "BCDE"
+
+    async def test_continuous_usage_counts_no_echo(self, ask: Ask) -> None:
+        options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+        told = await ask(COMPLETIONS, echo=True, logprobs=0, **options)
+        assert [(_piece(event), event["usage"]["completion_tokens"]) for event in told][:2] == [("A", 0), ("B", 1)]
+        told = await ask(COMPLETIONS, echo=True, logprobs=0, max_tokens=0, **options)
+        assert [(_piece(event), event["usage"]["completion_tokens"]) for event in told] == [("A", 0), ("", 0)]
 
     async def test_logprobs(self, ask: Ask) -> None:
         answer = await ask(COMPLETIONS, logprobs=2)

@@ -1,12 +1,12 @@
 """Events of a generation to its answer, whole or as server-sent events.
 
-Events come from `InFlight` with the index of their prompt; a `ChoiceWriter` a choice turns them into JSON values. A
-stream's chunks are small dicts written by one encoder between constant texts, since this runs for every token.
+Events come from `InFlight` with the index of their prompt. A `StreamedChoice` a choice turns them into chunks, small
+dicts written by one encoder between constant texts, since this runs for every token. A `WholeChoice` gathers them. What
+may be large is written in bounded parts, between which other tasks of the event loop have their turn.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -14,15 +14,15 @@ from typing import Any
 
 from jaxserve.core.errors import JaxserveError
 from jaxserve.engine.generation import TextEvent
-from jaxserve.server.openai.choices import ChoiceWriter, Collected, PromptLogprobs
+from jaxserve.server.openai.choices import PromptLogprobs, PromptText, StreamedChoice, WholeChoice
 from jaxserve.server.openai.dialects import Dialect
 from jaxserve.server.openai.errors import error_body, internal_error
 from jaxserve.server.openai.inflight import InFlight
+from jaxserve.server.openai.json_text import Pace, Piece, encode, object_pieces
 from jaxserve.server.openai.translate import Generation
 from jaxserve.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -48,42 +48,59 @@ class Answer:
         # What the engine said of each prompt's log-probabilities; it comes with the first event of the prompt.
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
 
-    async def whole(self, inflight: InFlight) -> dict[str, Any]:
-        """The answer once everything has been generated.
+    async def whole(self, inflight: InFlight) -> list[Piece]:
+        """The answer's JSON text once everything has been generated.
 
         Raises:
             EngineError: A sequence failed.
             UnavailableError: The server ended a sequence.
         """
-        requests = self._generation.requests
-        collected = [[Collected() for _ in range(request.n)] for request in requests]
+        generation, tokenizer = self._generation, self._tokenizer
+        sequences = [
+            [WholeChoice(generation, self._dialect, tokenizer, position=position) for _ in range(request.n)]
+            for position, request in enumerate(generation.requests)
+        ]
         async for position, event in inflight.events():
             self._keep_prompt(position, event)
-            collected[position][event.index].add(event)
-        choices = [
-            self._writer(position, index).whole(sequence, self._prompt_logprobs.get(position, ()))
-            for position, sequences in enumerate(collected)
-            for index, sequence in enumerate(self._best(sequences))
+            sequences[position][event.index].add(event)
+        pace = Pace()
+        prompts = [
+            PromptText(generation, self._dialect, tokenizer, position=position) for position in range(len(sequences))
         ]
-        answer = {**self._head(self._dialect.answer_object), "choices": choices, "usage": inflight.usage.as_json()}
-        if self._dialect.prompt_at_top:
-            fields = ("prompt_token_ids", "prompt_logprobs")
-            answer |= {field: choices[0][field] for field in fields if field in choices[0]}
-        return answer
+        for position, prompt in enumerate(prompts):
+            for _ in prompt.write(self._prompt_logprobs.get(position, ())):
+                await pace.pause_if_due()
+        choices: list[Piece] = []
+        pairs = zip(sequences, prompts, strict=True)
+        shown = [(choice, prompt) for of_prompt, prompt in pairs for choice in self._best(of_prompt)]
+        for number, (choice, prompt) in enumerate(shown):
+            choices += (b"," if number else b"", *choice.pieces(number, prompt))
+            await pace.pause_if_due()
+        head = {**self._head(self._dialect.answer_object), "usage": inflight.usage.as_json()}
+        at_top = prompts[0].fields if self._dialect.prompt_at_top else {}
+        return list(object_pieces(head, {"choices": (b"[", *choices, b"]"), **at_top}))
 
     async def chunks(self, inflight: InFlight) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, ending in `[DONE]` whatever happens on the way."""
         generation = self._generation
-        head = "data: " + _ENCODE(self._head(self._dialect.chunk_object))[:-1] + ',"choices":['
+        head = "data: " + encode(self._head(self._dialect.chunk_object))[:-1] + ',"choices":['
         # OpenAI: with include_usage every chunk has a usage, null in all but the last.
-        no_usage = '],"usage":null}\n\n' if generation.include_usage else "]}\n\n"
+        no_usage = ',"usage":null}\n\n' if generation.include_usage else "}\n\n"
+        prompt = ""
+        if generation.return_token_ids and self._dialect.prompt_at_top:
+            prompt = f',"prompt_token_ids":{encode(generation.requests[0].prompt)}'
         try:
             async with aclosing(self._choices(inflight)) as events:
                 async for choices in events:
-                    tail = self._usage_tail(inflight) if generation.continuous_usage else no_usage
-                    yield "".join([f"{head}{_ENCODE(choice)}{tail}" for choice in choices]).encode()
+                    chunks: list[str] = []
+                    for choice, num_unsent in choices:
+                        tail = self._usage_tail(inflight, num_unsent) if generation.continuous_usage else no_usage
+                        chunks.append(f"{head}{encode(choice)}]{prompt}{tail}")
+                        # Once for all choices, as in a whole answer.
+                        prompt = ""
+                    yield "".join(chunks).encode()
             if generation.include_usage:
-                yield f"{head}{self._usage_tail(inflight)}".encode()
+                yield f"{head}]{self._usage_tail(inflight)}".encode()
         except JaxserveError as error:
             yield _error_event(error)
         except Exception:
@@ -91,35 +108,39 @@ class Answer:
             yield _error_event(internal_error())
         yield _DONE
 
-    async def _choices(self, inflight: InFlight) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """The choices to send for each event, one a chunk."""
+    async def _choices(self, inflight: InFlight) -> AsyncGenerator[list[tuple[dict[str, Any], int]], None]:
+        """The choices to send at once, one a chunk, each with how many tokens are counted that come only after it."""
         generation = self._generation
-        # Text that is held back makes no chunk of its own unless something else is to be shown.
-        shows_tokens = generation.logprobs is not None or generation.return_token_ids
-        writers: dict[tuple[int, int], ChoiceWriter] = {}
+        writers: dict[tuple[int, int], StreamedChoice] = {}
         async with aclosing(inflight.events()) as events:
             async for position, event in events:
                 self._keep_prompt(position, event)
-                choices: list[dict[str, Any]] = []
+                choices: list[tuple[dict[str, Any], int]] = []
                 writer = writers.get((position, event.index))
                 if writer is None:
                     writer = writers[position, event.index] = self._writer(position, event.index)
-                    choices = writer.opening(self._prompt_logprobs.get(position, ()))
-                if event.text or event.finish_reason is not None or (shows_tokens and event.token_ids):
-                    choices.append(writer.piece(event))
+                    num_unsent = 0 if generation.drop_output else len(event.token_ids)
+                    pace = Pace()
+                    for choice in writer.opening(self._prompt_logprobs.get(position, ())):
+                        choices.append((choice, num_unsent))
+                        if generation.echo_logprobs:
+                            yield choices
+                            choices = []
+                            await pace.pause_if_due()
+                choices += [(choice, 0) for choice in writer.pieces(event)]
                 if choices:
                     yield choices
 
-    def _best(self, sequences: Sequence[Collected]) -> Sequence[Collected]:
+    def _best(self, sequences: Sequence[WholeChoice]) -> Sequence[WholeChoice]:
         """As many sequences as are to be shown; the most likely ones if there are more."""
         num_choices = self._generation.num_choices
         if len(sequences) == num_choices:
             return sequences
         return sorted(sequences, key=lambda sequence: -sequence.mean_logprob)[:num_choices]
 
-    def _writer(self, position: int, index: int) -> ChoiceWriter:
+    def _writer(self, position: int, index: int) -> StreamedChoice:
         number = position * self._generation.num_choices + index
-        return ChoiceWriter(self._generation, self._dialect, self._tokenizer, position=position, number=number)
+        return StreamedChoice(self._generation, self._dialect, self._tokenizer, position=position, number=number)
 
     def _keep_prompt(self, position: int, event: TextEvent) -> None:
         if event.prompt_logprobs is not None:
@@ -134,9 +155,9 @@ class Answer:
             "system_fingerprint": self._fingerprint,
         }
 
-    def _usage_tail(self, inflight: InFlight) -> str:
-        return f'],"usage":{_ENCODE(inflight.usage.as_json())}}}\n\n'
+    def _usage_tail(self, inflight: InFlight, num_unsent: int = 0) -> str:
+        return f',"usage":{encode(inflight.usage.as_json(num_unsent=num_unsent))}}}\n\n'
 
 
 def _error_event(error: JaxserveError) -> bytes:
-    return f"data: {_ENCODE(error_body(error))}\n\n".encode()
+    return f"data: {encode(error_body(error))}\n\n".encode()

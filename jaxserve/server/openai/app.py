@@ -143,6 +143,7 @@ class _Facts:
             "root": self.config.served_model_names[0],
             "parent": None,
             "max_model_len": self.engine.info.max_model_len,
+            "default_sampling_params": self.config.sampling_defaults.said(),
         }
 
 

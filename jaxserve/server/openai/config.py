@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
+
 MIN_PRIORITY, MAX_PRIORITY = -10, 10
 """Bounds of a request's priority by default. A level is worth a minute of waiting: nobody gets ahead of those who ask
 for nothing by more than ten."""
@@ -20,11 +22,11 @@ MAX_SEQUENCES = 2048
 MAX_STOP_SEQUENCES = 1 << 16
 """Most stop strings times sequences of a request."""
 
-MAX_ALLOWED_IDS = 1 << 20
-"""Most allowed token ids times sequences of a request: each sequence's are looked up and loaded anew."""
+MAX_ALLOWED_IDS = 1 << 21
+"""Most entries of `allowed_token_ids` times sequences, since each sequence has its own loaded."""
 
-MAX_PROMPT_LOGPROBS = 1 << 22
-"""Most log-probabilities of prompt tokens in an answer, over all prompts: alternatives and the token itself count."""
+MAX_PROMPT_LOGPROBS = 1 << 21
+"""Most log-probabilities of prompt tokens and alternatives in an answer; they are some hundred megabytes of text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,7 @@ class AppConfig:
         max_prompts: Most prompts a request may bring.
         max_sequences: Most sequences a request may ask for over all its prompts.
         request_timeout_s: Seconds after which a request is ended with an error; None means never.
+        sampling_defaults: Of requests that do not say.
     """
 
     served_model_names: tuple[str, ...]
@@ -71,3 +74,4 @@ class AppConfig:
     max_prompts: int = MAX_PROMPTS
     max_sequences: int = MAX_SEQUENCES
     request_timeout_s: float | None = None
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS

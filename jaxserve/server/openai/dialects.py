@@ -36,6 +36,11 @@ class Dialect(Protocol):
         """The payload of a choice's first chunk, before any text; None if there is no such chunk."""
         ...
 
+    @property
+    def ending(self) -> dict[str, Any]:
+        """The payload of a choice's last chunk, which has the finish reason and no text."""
+        ...
+
     def piece(self, text: str) -> dict[str, Any]:
         """The payload of a chunk that has some text."""
         ...
@@ -44,8 +49,8 @@ class Dialect(Protocol):
         """The payload of a choice of a whole answer."""
         ...
 
-    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> LogprobWriter:
-        """Writes a choice's log-probabilities."""
+    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, offset: int = 0) -> LogprobWriter:
+        """Writes a choice's log-probabilities, from an offset in its text on."""
         ...
 
 
@@ -62,6 +67,11 @@ class ChatDialect:
         """The chunk that names the role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
+    @property
+    def ending(self) -> dict[str, Any]:
+        """See `Dialect.ending`."""
+        return {"delta": {}}
+
     def piece(self, text: str) -> dict[str, Any]:
         """See `Dialect.piece`."""
         return {"delta": {"content": text}}
@@ -70,7 +80,7 @@ class ChatDialect:
         """See `Dialect.whole`."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> LogprobWriter:
+    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, offset: int = 0) -> LogprobWriter:
         """See `Dialect.logprob_writer`."""
         return ChatLogprobWriter(tokenizer)
 
@@ -88,6 +98,11 @@ class CompletionDialect:
         """Text needs no opening."""
         return None
 
+    @property
+    def ending(self) -> dict[str, Any]:
+        """See `Dialect.ending`."""
+        return {"text": ""}
+
     def piece(self, text: str) -> dict[str, Any]:
         """See `Dialect.piece`."""
         return {"text": text}
@@ -96,6 +111,6 @@ class CompletionDialect:
         """See `Dialect.whole`."""
         return {"text": text}
 
-    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> LogprobWriter:
+    def logprob_writer(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, offset: int = 0) -> LogprobWriter:
         """See `Dialect.logprob_writer`."""
-        return CompletionLogprobWriter(tokenizer, skip_special_tokens=skip_special_tokens)
+        return CompletionLogprobWriter(tokenizer, skip_special_tokens=skip_special_tokens, offset=offset)

@@ -48,12 +48,13 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
 
-    def as_json(self) -> dict[str, object]:
-        """OpenAI's `usage` object."""
+    def as_json(self, *, num_unsent: int = 0) -> dict[str, object]:
+        """OpenAI's `usage` object, without the last so many tokens."""
+        completion_tokens = self.completion_tokens - num_unsent
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
@@ -183,7 +184,9 @@ def _of_the_body(error: InvalidRequestError | QueueFullError, generation: Genera
                 param="prompt",
             )
         case InvalidRequestError(param="n") if requests[0].n != generation.num_choices:
-            return InvalidRequestError(f"best_of: {error.message}", param="best_of")
+            # The engine knows n alone.
+            asked = requests[0].n
+            return InvalidRequestError(f"best_of={asked}{error.message.removeprefix(f'n={asked}')}", param="best_of")
     return error
 
 

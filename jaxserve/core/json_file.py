@@ -78,6 +78,4 @@ def nested_deeper(value: object, max_depth: int) -> bool:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
-        if not level:
-            return False
-    return True
+    return bool(level)

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.checksums import Check
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source, with_ends
 from jaxserve.core.config import ServeConfig
@@ -85,6 +87,7 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         presets_dir=default_presets_dir(),
         offline=config.offline,
         progress=progress,
+        check=Check.HASHES if config.verify_model else Check.SIZES,
     )
     tokenizer = load_tokenizer(source)
     return Model(
@@ -211,7 +214,7 @@ def build_engine(
     if bundle is not None:
         bundle.require(model.spec, mesh)
     if config.compilation_cache:
-        enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
+        _keep_programs(config.cache_dir or cache_dir())
     replica, resolved = plan_replica(config, model.spec, mesh)
     params, executables = load_and_compile(model.source, model.spec, replica, config, bundle, progress)
     with _room_for_pool(replica):
@@ -240,6 +243,17 @@ def build_engine(
         "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages
     )
     return engine
+
+
+def _keep_programs(folder: Path | None) -> None:
+    """Keeps compiled programs in a cache directory, if there is one."""
+    if folder is None:
+        logger.warning(
+            "compiled programs are not kept, for there is no home directory; name a folder with --cache-dir or "
+            "JAXSERVE_CACHE"
+        )
+    else:
+        enable_persistent_cache(folder / "programs")
 
 
 def _open(config: ServeConfig) -> Bundle | None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import tokenizers
 
 from jaxserve.core.errors import CheckpointError
+from jaxserve.text.growth import require_bounded_growth
 
 _MAX_TOKEN_ID = (1 << 31) - 1
-_LIST = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')
+_ESCAPED_LETTER = re.compile(rb"\\u00[2-7]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,8 @@ def load_backend(data: bytes, listed: Iterable[ListedToken], origin: str) -> tok
         CheckpointError: A token cannot have its id.
         Exception: Whatever the library raises for a malformed file.
     """
+    for normalizer in _values(data, "normalizer"):
+        require_bounded_growth(normalizer, "normalizer")
     own = _own_ids(data)
     missing = [each for each in listed if each.token_id not in own.values()]
     wanted = own | {each.token.content: each.token_id for each in missing}
@@ -90,16 +93,26 @@ def load_backend(data: bytes, listed: Iterable[ListedToken], origin: str) -> tok
 
 
 def _own_ids(data: bytes) -> dict[str, int]:
-    """Ids of the added tokens of a tokenizer.json by text; only that list is parsed, for the vocabulary takes long."""
-    found = _LIST.search(data)
-    if found is None:
-        return {}
-    listed, _ = json.JSONDecoder().raw_decode(data[found.end() :].decode("utf-8", "replace"))
+    """Ids of the added tokens of a tokenizer.json by text."""
     return {
         entry["content"]: entry["id"]
+        for listed in _values(data, "added_tokens")
+        if isinstance(listed, list)
         for entry in listed
         if isinstance(entry, dict) and isinstance(entry.get("content"), str) and isinstance(entry.get("id"), int)
     }
+
+
+def _values(data: bytes, key: str) -> list[object]:
+    """The objects and lists under a key, wherever it is in a tokenizer.json; parsing all of it takes too long.
+
+    A key within a text has escaped quotes. Where letters are escaped, which no tool does, all of it is parsed.
+    """
+    if _ESCAPED_LETTER.search(data):
+        document = json.loads(data)
+        return [document.get(key)] if isinstance(document, dict) else []
+    places = re.finditer(rb'"%b"\s*:\s*(?=[\[{])' % key.encode(), data)
+    return [json.JSONDecoder().raw_decode(data[place.end() :].decode())[0] for place in places]
 
 
 def _backend(data: bytes, missing: Iterable[ListedToken]) -> tokenizers.Tokenizer:

@@ -49,8 +49,8 @@ def coverage_of(backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) ->
     model = backend.model
     if not isinstance(model, tokenizers.models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
-    normalizers = list(steps_of(backend.normalizer, "normalizers"))
-    cutters = list(steps_of(backend.pre_tokenizer, "pretokenizers"))
+    normalizers = list(_steps(backend.normalizer, "normalizers"))
+    cutters = list(_steps(backend.pre_tokenizer, "pretokenizers"))
     added = list(backend.get_added_tokens_decoder().values())
     swallows = any(token.lstrip or token.rstrip for token in added)
     if backend.truncation is not None or swallows or not all(map(_keeps_length, normalizers)):
@@ -70,7 +70,7 @@ def coverage_of(backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) ->
     return Coverage(chars_per_token=longest * (_MOST_DECOMPOSED if composes else 1), traceless=traceless)
 
 
-def steps_of(
+def _steps(
     part: tokenizers.normalizers.Normalizer | tokenizers.pre_tokenizers.PreTokenizer | None, key: str
 ) -> Iterator[Mapping[str, object]]:
     """The steps of a part, those of sequences one by one, as tokenizer.json writes them."""

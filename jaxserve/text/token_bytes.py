@@ -91,7 +91,7 @@ def parse_decoder(config: object) -> TokenDecoder:
     if not isinstance(config, dict):
         raise CheckpointError("tokenizer.json has no decoder, so tokens cannot be turned back into text.")
     steps = config["decoders"] if config.get("type") == "Sequence" else [config]
-    require_bounded_growth(steps, "decoder")
+    require_bounded_growth(config, "decoder")
     decoder = _PLAIN
     for step in steps:
         decoder = _apply_step(decoder, step)

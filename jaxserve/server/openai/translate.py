@@ -181,7 +181,7 @@ class Translator:
         if room is not None and len(text) > room:
             # To refuse what is far too long at its length costs nothing; tokenising it takes seconds.
             _check_room(self.tokenizer.fewest_tokens(text), param, room, counted=False)
-        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        token_ids = tokenize(self.tokenizer, text, param, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; give at least one token.", param=param)
         _check_room(len(token_ids), param, room)
@@ -255,7 +255,7 @@ class Translator:
         if not all(bare):
             raise InvalidRequestError("bad_words must not hold blank texts.", param="bad_words")
         spelled = [form for word in bare for form in (word, f" {word}")]
-        found = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in spelled)
+        found = (tuple(tokenize(self.tokenizer, form, "bad_words", add_special_tokens=False)) for form in spelled)
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
     def _generation(
@@ -311,6 +311,24 @@ class Translator:
                 "request may ask for.",
                 param=param,
             )
+
+
+def tokenize(tokenizer: Tokenizer, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text of a request.
+
+    Args:
+        tokenizer: The model's.
+        text: The text.
+        param: The field it is from, which an error names.
+        add_special_tokens: Add what the model expects around a prompt.
+
+    Raises:
+        InvalidRequestError: The text cannot be tokenised.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.message, param=param) from error
 
 
 def _stream_options(body: GenerationBody) -> StreamOptions:

@@ -67,7 +67,7 @@ def fetch_gguf(
                 f"The model is not in the cache ({folder}) and downloads are off; run once with a network connection."
             )
         if os.path.lexists(target) and (offline or check is not Check.REPAIR):
-            raise CheckpointError(f"{target} is damaged ({problem}); `jaxserve pull` fetches the model again.")
+            raise CheckpointError(f"{target} is damaged ({problem}); `jaxserve pull` fetches it again.")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
             if _damage(target, source, check, progress) is not None:

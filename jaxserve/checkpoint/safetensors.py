@@ -9,6 +9,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,6 +89,9 @@ class SafetensorsFolder:
         except CheckpointError:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -128,19 +132,19 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
             raise CheckpointError(f"{index} has no weight_map; download it again.")
         names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} names files outside its folder; do not trust this checkpoint.")
         if SINGLE_NAME not in names and (folder / SINGLE_NAME).is_file():
             return [folder / SINGLE_NAME]
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not os.path.isfile(folder / name)]
         if missing:
             more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of its {len(names)} weight files "
-                f"({', '.join(missing[:_MOST_NAMED])}{more}); download it again to fetch them."
+                f"({', '.join(name[:80] for name in missing[:_MOST_NAMED])}{more}); download it again to fetch them."
             )
         return [folder / name for name in names]
     if (folder / SINGLE_NAME).is_file():

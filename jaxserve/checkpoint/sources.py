@@ -181,6 +181,13 @@ def _local_path(model: str) -> Path | None:
 
 
 def _resolve_path(path: Path) -> CheckpointSource:
+    try:
+        return _source_at(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error.strerror}.") from error
+
+
+def _source_at(path: Path) -> CheckpointSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a .gguf file; for safetensors give the folder with config.json.")

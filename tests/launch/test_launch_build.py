@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,8 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
+TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
 MODEL = "random:smollm2-135m"
 SPEC = spec_of(MODEL)
 MOST_PAGES = (2**31 - 1) // SPEC.num_layers
@@ -96,6 +100,27 @@ def test_a_load_that_fails_ends_the_compilation(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CheckpointError, match="the weights are lost"):
         build_engine(config, model)
     assert 0 < len(compiled) < len(programs(plan_replica(config, model.spec, make_mesh())[0])) - 2
+
+
+def test_a_model_of_ones_own_needs_no_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("jaxserve.launch.build.cache_dir", lambda: None)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8)
+    monkeypatch.setattr("jaxserve.launch.build.load_and_compile", lambda *_: (_ for _ in ()).throw(ConfigError("far")))
+    with pytest.raises(ConfigError, match="far"):
+        build_engine(config, find_model(config))
+    assert "compiled programs are not kept, for there is no home directory" in caplog.text
+
+
+def test_the_engine_stops_where_the_tokenizer_says(tmp_path: Path) -> None:
+    """The config names one end, the tokenizer another: those of chats are often in tokenizer_config.json only."""
+    folder = copytree(TEXT_DATA / "llama3_folder", tmp_path / "model")
+    config = {**json.loads((GOLDENS / "llama" / "config.json").read_text()), "vocab_size": 2000, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = find_model(ServeConfig(model=str(folder)))
+    assert model.spec.eos_token_ids == (0, 2)
+    assert set(model.tokenizer.eos_token_ids) == {0, 2}
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2}))
+    assert find_model(ServeConfig(model=str(folder))).spec.eos_token_ids == (0,), "the model cannot produce 2"
 
 
 def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:

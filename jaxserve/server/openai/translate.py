@@ -328,7 +328,7 @@ def tokenize(tokenizer: Tokenizer, text: str, param: str, *, add_special_tokens:
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except InvalidRequestError as error:
-        raise InvalidRequestError(error.message, param=param) from error
+        raise InvalidRequestError(f"{param}: {error.message}", param=param) from error
 
 
 def _stream_options(body: GenerationBody) -> StreamOptions:

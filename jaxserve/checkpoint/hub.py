@@ -14,6 +14,8 @@ import huggingface_hub
 from huggingface_hub import errors
 from tqdm.asyncio import tqdm_asyncio
 
+from jaxserve.checkpoint.checksums import Check
+from jaxserve.checkpoint.snapshot import Snapshot
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 else:
     _Bar = tqdm_asyncio  # generic only for type checkers
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 CONFIG_FILES = ["config.json", "generation_config.json"]
 """What says how a model is shaped; a few kilobytes."""
 
@@ -30,18 +32,54 @@ _NOT_THESE = ["*/*", "consolidated*"]
 """Copies of the weights in other layouts."""
 
 
-def fetch_snapshot(repo_id: str, *, offline: bool, progress: Progress | None, files: Sequence[str] = _FILES) -> Path:
+def fetch_snapshot(
+    repo_id: str,
+    *,
+    offline: bool,
+    progress: Progress | None,
+    files: Sequence[str] = FILES,
+    check: Check = Check.SIZES,
+    records: Path | None = None,
+) -> Path:
     """The folder of a repository in the hub's cache, downloaded as far as it is not there yet.
 
     Args:
         repo_id: "owner/name".
         offline: Use only what is in the cache.
-        progress: Told about bytes downloaded.
+        progress: Told about bytes downloaded and hashed.
         files: Patterns of the files wanted; all that serving needs by default.
+        check: How files that are here already are looked at.
+        records: Folder where checksums are kept; None keeps none.
 
     Raises:
-        CheckpointError: The repository cannot be had; the message says why and what to do.
+        CheckpointError: The repository cannot be had, or a file of it is damaged; the message says what to do.
     """
+    num_fetched = 0
+
+    def watch(what: str, done: int, total: int) -> None:
+        nonlocal num_fetched
+        num_fetched = max(num_fetched, done)
+        if progress is not None:
+            progress(what, done, total)
+
+    folder = _download(repo_id, files, watch, offline=offline)
+    snapshot = Snapshot(repo_id=repo_id, folder=folder, patterns=tuple(files), records=records)
+    damaged = snapshot.damaged(hashes=check is not Check.SIZES, progress=progress)
+    if damaged and check is Check.REPAIR and not offline:
+        snapshot.remove(damaged)
+        _download(repo_id, files, watch, offline=False)
+        damaged = snapshot.damaged(hashes=True, progress=progress)
+    if damaged:
+        raise CheckpointError(
+            f"{repo_id} is damaged in {folder} ({'; '.join(damaged.values())}); `jaxserve pull {repo_id}` fetches what "
+            "is damaged again."
+        )
+    if num_fetched or check is not Check.SIZES:
+        snapshot.keep()
+    return folder
+
+
+def _download(repo_id: str, files: Sequence[str], progress: Progress, *, offline: bool) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             repo_id,

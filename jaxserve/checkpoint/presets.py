@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxserve.checkpoint.json_file import read_object
 from jaxserve.core.errors import CheckpointError
+from jaxserve.core.json_file import read_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

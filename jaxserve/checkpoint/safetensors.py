@@ -9,8 +9,10 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxserve.checkpoint.json_file import parse_object, read_object
 from jaxserve.checkpoint.tensors import MappedFile, Range
 from jaxserve.core.errors import CheckpointError
+from jaxserve.core.json_file import parse_object, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -34,6 +36,13 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
 _LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the format allows."""
+
+_MAX_DIMS = 8
+_MAX_DIM = 1 << 60
+_MOST_NAMED = 8
+"""Files named in an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +89,9 @@ class SafetensorsFolder:
         except CheckpointError:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -111,22 +123,28 @@ class SafetensorsFolder:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a folder's weights.
 
+    As in `transformers`, a single file wins over an index that does not name it: the index is left from a time when
+    the weights were split.
+
     Raises:
         CheckpointError: There are none, or the index names files that are not there.
     """
     index = folder / INDEX_NAME
     if index.is_file():
         weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
             raise CheckpointError(f"{index} has no weight_map; download it again.")
         names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} names files outside its folder; do not trust this checkpoint.")
-        missing = [name for name in names if not (folder / name).is_file()]
+        if SINGLE_NAME not in names and (folder / SINGLE_NAME).is_file():
+            return [folder / SINGLE_NAME]
+        missing = [name for name in names if not os.path.isfile(folder / name)]
         if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(names)} weight files ({', '.join(missing)}); "
-                "download it again to fetch them."
+                f"{folder} lacks {len(missing)} of its {len(names)} weight files "
+                f"({', '.join(name[:80] for name in missing[:_MOST_NAMED])}{more}); download it again to fetch them."
             )
         return [folder / name for name in names]
     if (folder / SINGLE_NAME).is_file():
@@ -142,16 +160,31 @@ def _read_header(file: MappedFile) -> dict[str, StoredTensor]:
     start = _LENGTH_BYTES + length
     if start > file.size_bytes:
         raise _corrupt(file, f"its header should end at byte {start} of {file.size_bytes}")
+    if length > _MAX_HEADER_BYTES:
+        raise _corrupt(file, f"its header has {length} bytes, more than the format allows")
     header = parse_object(file.array(_LENGTH_BYTES, length).tobytes(), f"the header of {file.path}")
-    return {name: _read_entry(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: _read_entry(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    _require_apart(file, tensors)
+    return tensors
+
+
+def _require_apart(file: MappedFile, tensors: Mapping[str, StoredTensor]) -> None:
+    """Makes sure that no byte belongs to two tensors."""
+    placed = sorted(
+        (each.offset, each.offset + each.num_bytes, name) for name, each in tensors.items() if each.num_bytes
+    )
+    for (_, end, name), (start, _, other) in pairwise(placed):
+        if start < end:
+            raise _corrupt(file, f"tensors {name} and {other} overlap")
 
 
 def _read_entry(file: MappedFile, name: str, entry: object, start: int) -> StoredTensor:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if all(
-            isinstance(dim, int) and dim >= 0 for dim in shape
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if (
+            all(isinstance(dim, int) and 0 <= dim <= _MAX_DIM for dim in shape) and len(shape) <= _MAX_DIMS
         ):
             bits = _BITS.get(dtype)
+            name = name[:200]
             if not 0 <= first <= last or (bits and (last - first) * 8 != prod(shape) * bits):
                 raise _corrupt(file, f"tensor {name} has {last - first} bytes for shape {shape} of {dtype}")
             if start + last > file.size_bytes:
@@ -159,7 +192,7 @@ def _read_entry(file: MappedFile, name: str, entry: object, start: int) -> Store
             return StoredTensor(
                 file=file, dtype=dtype, shape=tuple(shape), offset=start + first, num_bytes=last - first
             )
-    raise _corrupt(file, f"the header entry of tensor {name} is malformed")
+    raise _corrupt(file, f"the header entry of tensor {name[:200]} is malformed")
 
 
 def _corrupt(file: MappedFile, what: str) -> CheckpointError:

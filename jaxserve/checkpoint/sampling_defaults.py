@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 
-from jaxserve.checkpoint.gguf import GGUFFile
-from jaxserve.checkpoint.json_file import read_object
+from jaxserve.checkpoint.gguf_parts import GGUFParts
 from jaxserve.checkpoint.presets import Preset
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind
 from jaxserve.core.errors import CheckpointError
+from jaxserve.core.json_file import read_optional_object
 from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
 
 _NAMES = {**{field.name: field.name for field in fields(SamplingDefaults)}, "max_tokens": "max_new_tokens"}
@@ -50,7 +50,7 @@ def load_sampling_defaults(source: CheckpointSource, preset: Preset | None) -> S
 def _stored(source: CheckpointSource) -> dict[str, tuple[object, str]]:
     """What a checkpoint says, by field, each with where it stands."""
     if source.kind is SourceKind.GGUF:
-        file = GGUFFile(source.path)
+        file = GGUFParts(source.path)
         try:
             metadata: Mapping[str, object] = file.metadata
         finally:
@@ -58,7 +58,7 @@ def _stored(source: CheckpointSource) -> dict[str, tuple[object, str]]:
         keys = {name: f"general.sampling.{_GGUF_NAMES.get(name, name)}" for name in _NAMES}
         return {name: (metadata[key], f"{source.path}: {key}") for name, key in keys.items() if key in metadata}
     path = source.path / "generation_config.json"
-    return _by_field(read_object(path), str(path)) if path.is_file() else {}
+    return _by_field(read_optional_object(path), str(path))
 
 
 def _by_field(found: Mapping[str, object], origin: str) -> dict[str, tuple[object, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.core.errors import CheckpointError
+from jaxserve.core.regular_file import open_regular
 
 Range = tuple[int, int]
 """Half-open interval [start, stop) along one dimension."""
@@ -60,13 +61,13 @@ class MappedFile:
         path: An existing file.
 
     Raises:
-        CheckpointError: The file cannot be opened or is empty.
+        CheckpointError: The file cannot be opened, is empty, or is a FIFO or a device.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as a checkpoint file: {error}.") from error

@@ -170,12 +170,15 @@ def check_memory(info: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs
     return Finding(name="memory", status="ok", found=found)
 
 
-def check_folder(folder: Path) -> Finding:
+def check_folder(folder: Path | None) -> Finding:
     """Can the cache be written, and is there room?
 
     Args:
-        folder: The cache directory; it is made if it is not there.
+        folder: The cache directory; it is made if it is not there. None if there is no home for one.
     """
+    if folder is None:
+        advice = "Models and compiled programs are kept nowhere: name a folder with --cache-dir or JAXSERVE_CACHE."
+        return Finding(name="cache", status="problem", found="there is no home directory", advice=advice)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -21,8 +21,8 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="find out what is wrong with this machine",
-        description="Check versions, devices, memory, the cache directory, the port, and the other hosts of a "
-        "slice. Exits with 1 "
+        description="Check versions, devices, memory, the cache directory and the models in it, the port, and the "
+        "other hosts of a slice. Exits with 1 "
         "if there is a problem; warnings do not count.",
         formatter_class=DefaultsFormatter,
     )
@@ -32,6 +32,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument(
         "--timeout", type=above_zero, default=60.0, metavar="S", help="longest JAX may take to find its devices"
     )
+    add_switch(parser, "--models", default=True, help="hash the models that were fetched, about a second a GB")
     add_switch(parser, "--json", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -39,15 +40,18 @@ def add_command(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs all checks; 1 if there is a problem."""
     from jaxserve.cli import checks
+    from jaxserve.cli.model_checks import check_models
     from jaxserve.core.environment import cache_dir, cluster_environment
 
+    folder = arguments.cache_dir or cache_dir()
     findings = [
         *checks.check_versions(),
         checks.check_plugins(),
         checks.check_devices(arguments.timeout),
         checks.check_cpu(),
         checks.check_memory(),
-        checks.check_folder(arguments.cache_dir or cache_dir()),
+        checks.check_folder(folder),
+        *(check_models(folder) if arguments.models and folder is not None else ()),
         checks.check_port(arguments.host, arguments.port),
         *checks.check_cluster(cluster_environment()),
     ]

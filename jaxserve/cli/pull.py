@@ -18,7 +18,8 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "pull",
         help="fetch a model",
-        description="Fetch a model and print where it is; what is already here is not fetched.",
+        description="Fetch a model and print where it is. What is already here is compared with its checksums and "
+        "fetched again if it is damaged.",
     )
     parser.add_argument("model", metavar="MODEL", help="a preset or a Hugging Face id")
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="where to keep it (default: the cache directory)")
@@ -29,6 +30,7 @@ def add_command(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetches the model."""
+    from jaxserve.checkpoint.checksums import Check
     from jaxserve.checkpoint.sources import resolve_source
     from jaxserve.core.environment import cache_dir
     from jaxserve.launch.progress import ProgressDisplay
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             cache_dir=arguments.cache_dir or cache_dir(),
             offline=arguments.offline,
             progress=progress,
+            check=Check.REPAIR,
         )
     if arguments.json:
         print(json.dumps({"name": source.name, "kind": source.kind.value, "path": str(source.path)}))

@@ -144,6 +144,9 @@ class ServeConfig:
     drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
     cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")
+    verify_model: bool = declare(
+        False, boolean, "hash the model's files and compare with their checksums before loading; about 1 s a GB"
+    )
     compilation_cache: bool = declare(True, boolean, "keep compiled programs on disk between starts")
     bundle: Path | None = declare(
         None, Path, "executables made by `jaxserve compile`, loaded instead of compiling", none="none"

@@ -24,13 +24,17 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
-def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Where models and compiled programs are kept unless the user says otherwise."""
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Where models and compiled programs are kept unless the user says otherwise; None without a home directory."""
     environ = variables() if environ is None else environ
     if own := environ.get(f"{ENV_PREFIX}CACHE"):
         return Path(own)
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxserve"
+    if base := environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "jaxserve"
+    try:
+        return Path.home() / ".cache" / "jaxserve"
+    except RuntimeError:  # no HOME, and the user is not in the user database, as in some containers
+        return None
 
 
 _PROTOCOL = "(TCP|UDP|SCTP)"

@@ -8,6 +8,8 @@ objects: called with any other shape they raise instead of compiling.
 from __future__ import annotations
 
 import contextlib
+import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,15 +26,35 @@ from jaxserve.engine.programs import Key, Program, Replica
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """What JAX reports each time it makes or loads an executable."""
 
+_NEVER_S = 1e9
+"""A compilation that would be worth keeping on a disk that cannot be written takes longer than any."""
+
+logger = logging.getLogger(__name__)
+
 Executables: TypeAlias = Mapping[Key, Any]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def enable_persistent_cache(folder: Path) -> None:
-    """Keeps executables on disk between runs of the process."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Keeps executables on disk between runs of the process.
+
+    Where nothing can be written, what is there is read and nothing is kept; a warning says so.
+    """
+    least_seconds = 0.0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        logger.warning(
+            "compiled programs are not kept, for %s cannot be written: %s; every start compiles what is not there",
+            *(folder, error.strerror),
+        )
+        if not folder.is_dir():
+            return
+        least_seconds = _NEVER_S
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

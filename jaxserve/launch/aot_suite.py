@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxserve.checkpoint.json_file import read_object
 from jaxserve.checkpoint.presets import default_presets_dir
 from jaxserve.checkpoint.sources import spec_of
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.json_file import read_object
 from jaxserve.core.resolution import MEMORY_FRACTION
 from jaxserve.engine.programs import SCORED_ROWS
 from jaxserve.launch.aot import AotReport, ProgramReport, aot_report, config_for

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.checksums import Check
 from jaxserve.checkpoint.presets import default_presets_dir, read_preset
 from jaxserve.checkpoint.sampling_defaults import load_sampling_defaults
-from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source
+from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokenizer, resolve_source, with_ends
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import CheckpointError, ConfigError, InvalidRequestError, JaxserveError
@@ -93,9 +94,17 @@ def find_model(config: ServeConfig, progress: Progress | None = None) -> Model:
         presets_dir=default_presets_dir(),
         offline=config.offline,
         progress=progress,
+        check=Check.HASHES if config.verify_model else Check.SIZES,
     )
     spec = load_spec(source, passed_over=config.ignore_config_keys)
     tokenizer = load_tokenizer(source, spec)
+    # A sequence ends where either of them says so: configs often name one end, and tokenizers the chat's.
+    spec = with_ends(spec, tokenizer.eos_token_ids)
+    if tokenizer.vocab_size > spec.vocab_size:
+        logger.warning(
+            "the tokenizer has ids up to %d, the model only up to %d: texts with those between are refused",
+            *(tokenizer.vocab_size - 1, spec.vocab_size - 1),
+        )
     return Model(
         source=source,
         spec=spec,
@@ -284,7 +293,7 @@ def build_engine(
     if bundle is not None:
         bundle.require(model.spec, mesh)
     if config.compilation_cache:
-        enable_persistent_cache((config.cache_dir or cache_dir()) / "programs")
+        _keep_programs(config.cache_dir or cache_dir())
     replica, resolved = plan_replica(config, model.spec, mesh)
     params, executables = load_and_compile(model.source, model.spec, replica, config, bundle, progress)
     with _room_for_pool(replica):
@@ -314,6 +323,17 @@ def build_engine(
         "ready after %.1f s: %d programs, %d pages", time.monotonic() - started, len(executables), resolved.num_pages
     )
     return engine
+
+
+def _keep_programs(folder: Path | None) -> None:
+    """Keeps compiled programs in a cache directory, if there is one."""
+    if folder is None:
+        logger.warning(
+            "compiled programs are not kept, for there is no home directory; name a folder with --cache-dir or "
+            "JAXSERVE_CACHE"
+        )
+    else:
+        enable_persistent_cache(folder / "programs")
 
 
 def _open(config: ServeConfig) -> Bundle | None:

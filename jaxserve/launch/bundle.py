@@ -28,12 +28,16 @@ from jax.sharding import Mesh
 
 from jaxserve.core.config import SHAPE_SETTINGS, ServeConfig
 from jaxserve.core.errors import ConfigError
+from jaxserve.core.json_file import MAX_DEPTH, nested_deeper
+from jaxserve.core.regular_file import read_regular
 from jaxserve.engine.programs import Key, Replica, programs
 from jaxserve.launch.origin import FORMAT, Origin, cpu_features, spec_digest
 from jaxserve.models.spec import ModelSpec
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_KEY_BYTES = 1 << 16
 
 ALWAYS_SET = frozenset(SHAPE_SETTINGS) - {"quantization", "attention", "memory_fraction"}
 """Settings of which every bundle has one."""
@@ -173,7 +177,7 @@ class Bundle:
         """A file's content, if it is what was written."""
         path = self.folder / entry.file
         try:
-            content = path.read_bytes()
+            content = read_regular(path, max_bytes=entry.num_bytes)
         except OSError as error:
             raise ConfigError(f"Cannot read {path}: {error.strerror}. {_ANEW}", param="bundle") from error
         if hashlib.sha256(content).hexdigest() != entry.sha256:
@@ -299,8 +303,8 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
         ConfigError: It is no bundle, of another format, or not signed with this key.
     """
     try:
-        text = (folder / MANIFEST).read_bytes()
-        signature = (folder / SIGNATURE).read_bytes() if key is not None else b""
+        text = read_regular(folder / MANIFEST, max_bytes=_MAX_MANIFEST_BYTES)
+        signature = read_regular(folder / SIGNATURE, max_bytes=_MAX_KEY_BYTES) if key is not None else b""
     except OSError as error:
         what = "no signature" if error.filename and Path(error.filename).name == SIGNATURE else "no bundle"
         raise ConfigError(
@@ -315,8 +319,11 @@ def open_bundle(folder: Path, key: bytes | None = None) -> Bundle:
     if key is None and (folder / SIGNATURE).exists():
         logger.warning("%s is signed, but no bundle key is given: its signature is not checked", folder)
     try:
-        return _bundle(folder, json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = json.loads(text)
+        if nested_deeper(manifest, MAX_DEPTH):
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        return _bundle(folder, manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}).", param="bundle"
         ) from error
@@ -338,6 +345,8 @@ def _bundle(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
         parsers[name](value)
     entries = tuple(Entry(**entry) for entry in manifest["entries"])
     for entry in entries:
+        if not (isinstance(entry.num_bytes, int) and entry.num_bytes >= 0 and isinstance(entry.sha256, str)):
+            raise ValueError(f"the size or the checksum of {entry.file!r:.80} is none")
         if entry.file != _file_name(entry.name, entry.bucket):
             raise ValueError(f"{entry.file} is not where {entry.name} {entry.bucket} would be")
     return Bundle(
@@ -359,7 +368,7 @@ def read_key(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        key = path.read_bytes().strip()
+        key = read_regular(path, max_bytes=_MAX_KEY_BYTES).strip()
     except OSError as error:
         raise ConfigError(f"Cannot read the key {path}: {error.strerror}.", param="bundle_key") from error
     if not key:

@@ -175,9 +175,13 @@ def _as_text(value: object, other: object) -> str:
 
 
 def spec_digest(spec: ModelSpec) -> str:
-    """What tells one model's mathematics from another's; numbers count as float32, as GGUF files keep them."""
+    """What tells one model's mathematics from another's; numbers count as float32, as GGUF files keep them.
+
+    Which tokens begin and end a text is no mathematics: a model's files name more of them than its preset.
+    """
+    facts = {name: value for name, value in asdict(spec).items() if name not in ("bos_token_id", "eos_token_ids")}
     # Ropes of two kinds may have the same numbers.
-    plain = json.dumps([asdict(spec), type(spec.rope.scaling).__name__], sort_keys=True, default=str)
+    plain = json.dumps([facts, type(spec.rope.scaling).__name__], sort_keys=True, default=str)
     rounded = json.loads(plain, parse_float=lambda text: str(np.float32(text)))
     return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -50,7 +50,7 @@ def spec_from_hf(
     reader = ConfigReader(config, origin, passed_over)
     reader.take("model_type")
     architectures = reader.take("architectures")
-    if isinstance(architectures, list) and not set(architectures) & set(family.architectures):
+    if isinstance(architectures, list) and not any(each in family.architectures for each in architectures):
         reader.wrong(f"architectures = {architectures!r} (only {', '.join(family.architectures)} is supported)")
     if reader.take("quantization_config") is not None:
         reader.wrong("quantization_config: quantised safetensors are not supported, use the unquantised checkpoint")

@@ -39,8 +39,13 @@ class Coverage:
         return -(-num_chars // self.chars_per_token)
 
 
-def coverage_of(backend: tokenizers.Tokenizer) -> Coverage | None:
-    """What the tokens of a backend can stand for; None if a step of it may make text disappear."""
+def coverage_of(backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> Coverage | None:
+    """What the tokens of a backend can stand for; None if a step of it may make text disappear.
+
+    Args:
+        backend: The tokenizer.
+        vocabulary: Its tokens, the added ones too, with their ids.
+    """
     model = backend.model
     if not isinstance(model, tokenizers.models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -52,12 +57,13 @@ def coverage_of(backend: tokenizers.Tokenizer) -> Coverage | None:
         return None
     if not all(map(_keeps_text, cutters)):
         return None
-    vocabulary = backend.get_vocab()
+    if not vocabulary:
+        return None
     composes = any(step["type"] == "NFC" for step in normalizers)
     traceless = _traceless(vocabulary, byte_level=any(step["type"] == "ByteLevel" for step in cutters))
     if traceless is None or (composes and any(unicodedata.category(char) != "Cc" for char in traceless)):
         return None
-    longest = max(map(len, vocabulary))
+    longest = max(map(len, vocabulary)) or 1
     if backend.normalizer is not None:
         found = (backend.normalizer.normalize_str(token.content) for token in added if token.normalized)
         longest = max(longest, *map(len, found), 1)

@@ -16,6 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from jaxserve.core.errors import CheckpointError
+from jaxserve.text.gguf_ends import END_KEYS, end_texts, end_token_ids
+from jaxserve.text.library_errors import library_errors
 from jaxserve.text.token_bytes import SPACE_MARK
 from jaxserve.text.tokenizer import BackendTokenizer, TokenizerFacts
 
@@ -79,6 +81,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 }
 """The rule behind each known value of `tokenizer.ggml.pre`."""
 
+_MAX_CUT_CHARS = 1 << 29
+"""Most characters of all ways to cut the tokens of a SentencePiece vocabulary in two, ten times what real ones have."""
+
 _ROLE_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -94,6 +99,8 @@ _MARKED_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 def tokenizer_from_gguf(metadata: Mapping[str, object], *, eos_token_ids: Sequence[int] = ()) -> BackendTokenizer:
     """Builds the tokenizer that a GGUF file describes.
 
+    Tokens that are known to end a generation by their text are control tokens, whatever type the file gives them.
+
     Args:
         metadata: The file's metadata, key to plain Python value.
         eos_token_ids: Further tokens that end a sequence.
@@ -106,8 +113,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, object], *, eos_token_ids: Sequen
     types = fields.integers("token_type") if fields.has("token_type") else [TokenType.NORMAL] * len(tokens)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError("The GGUF file's tokenizer.ggml.tokens and token_type do not describe one token each.")
+    ends = end_texts(tokens)
+    types = [TokenType.CONTROL if token in ends else kind for token, kind in zip(tokens, types, strict=True)]
     model = fields.text("model")
-    try:
+    with library_errors(lambda reason: CheckpointError(f"The GGUF file's tokenizer is inconsistent: {reason}")):
         match model:
             case "gpt2":
                 rule = _pre_tokenizer(fields)
@@ -119,12 +128,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, object], *, eos_token_ids: Sequen
                     f"The GGUF file's tokenizer.ggml.model is {model!r}; supported are 'gpt2' (byte-level BPE) "
                     "and 'llama' (SentencePiece BPE)."
                 )
-    except CheckpointError:
-        raise
-    except Exception as error:  # The tokenizers library raises bare Exception for an inconsistent vocabulary.
-        raise CheckpointError(f"The GGUF file's tokenizer is inconsistent: {error}") from error
-    _add_marked_tokens(backend, tokens, types)
-    return BackendTokenizer(backend, _facts(fields, tokens, adds_bos=adds_bos, eos_token_ids=eos_token_ids))
+        _add_marked_tokens(backend, tokens, types)
+        return BackendTokenizer(backend, _facts(fields, tokens, adds_bos=adds_bos, eos_token_ids=eos_token_ids))
 
 
 class _Fields:
@@ -225,6 +230,10 @@ def _sentence_piece(fields: _Fields, tokens: list[str], types: Sequence[int]) ->
     scores = fields.floats("scores")
     if len(scores) != len(tokens):
         raise CheckpointError("The GGUF file's tokenizer.ggml.scores must have one entry a token.")
+    if sum(len(token) ** 2 for token in tokens) > _MAX_CUT_CHARS:
+        raise CheckpointError(
+            "The GGUF file's tokenizer.ggml.tokens are too long to be a vocabulary; download it again."
+        )
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
     ranked = sorted((-scores[i], i) for i in range(len(tokens)) if types[i] in mergeable and len(tokens[i]) > 1)
@@ -260,12 +269,8 @@ def _add_marked_tokens(backend: Tokenizer, tokens: list[str], types: Sequence[in
 def _facts(fields: _Fields, tokens: list[str], *, adds_bos: bool, eos_token_ids: Sequence[int]) -> TokenizerFacts:
     roles = {role: fields.token_id(key, len(tokens)) for role, key in _ROLE_KEYS.items()}
     bos, eos = roles["bos_token"], roles["eos_token"]
-    ends = [
-        eos,
-        fields.token_id("eot_token_id", len(tokens)),
-        fields.token_id("eom_token_id", len(tokens)),
-        *eos_token_ids,
-    ]
+    for key in END_KEYS:
+        fields.token_id(key.removeprefix("tokenizer.ggml."), len(tokens))
     prefix = (bos,) if bos is not None and fields.flag("add_bos_token", default=adds_bos) else ()
     suffix = (eos,) if eos is not None and fields.flag("add_eos_token", default=False) else ()
     templates = {
@@ -275,7 +280,7 @@ def _facts(fields: _Fields, tokens: list[str], *, adds_bos: bool, eos_token_ids:
     }
     return TokenizerFacts(
         bos_token_id=bos,
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        eos_token_ids=tuple(dict.fromkeys((*end_token_ids(fields.metadata), *eos_token_ids))),
         special_tokens={role: tokens[token_id] for role, token_id in roles.items() if token_id is not None},
         chat_templates=templates,
         prefix_ids=prefix,

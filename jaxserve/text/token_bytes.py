@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxserve.core.errors import CheckpointError
+from jaxserve.text.growth import require_bounded_growth
 
 SPACE_MARK = "\u2581"
 """How SentencePiece writes a space inside a token."""
@@ -70,9 +71,8 @@ class TokenDecoder:
         if self.strip_first_token and pieces:
             pieces = [pieces[0].lstrip(b" "), *pieces[1:]]
         text = b"".join(pieces).decode("utf-8", "replace")
-        for _ in range(self.strip_left):
-            text = text.removeprefix(" ")
-        return text
+        num_spaces = len(text) - len(text.lstrip(" "))
+        return text[min(num_spaces, self.strip_left) :]
 
 
 _PLAIN = TokenDecoder(alphabet={}, replacements=(), byte_fallback=False, strip_left=0, strip_first_token=False)
@@ -85,11 +85,13 @@ def parse_decoder(config: object) -> TokenDecoder:
         config: The JSON value under "decoder".
 
     Raises:
-        CheckpointError: The decoder, or a step of it, is not one whose tokens decode independently of each other.
+        CheckpointError: The decoder, or a step of it, is not one whose tokens decode independently of each other, or
+            it can make tokens absurdly long.
     """
     if not isinstance(config, dict):
         raise CheckpointError("tokenizer.json has no decoder, so tokens cannot be turned back into text.")
     steps = config["decoders"] if config.get("type") == "Sequence" else [config]
+    require_bounded_growth(config, "decoder")
     decoder = _PLAIN
     for step in steps:
         decoder = _apply_step(decoder, step)

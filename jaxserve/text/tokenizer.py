@@ -9,7 +9,7 @@ from GGUF metadata.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,13 +17,24 @@ from typing import Protocol
 import tokenizers
 
 from jaxserve.core.errors import CheckpointError, InvalidRequestError
+from jaxserve.core.json_file import read_optional_object
+from jaxserve.core.regular_file import read_optional
+from jaxserve.text.added_tokens import listed_tokens, load_backend, mark_special
 from jaxserve.text.coverage import coverage_of
 from jaxserve.text.cuts import MAX_UNCUT_CHARS, MAX_WHOLE_CHARS, PART_CHARS, can_be_cut, parts
+from jaxserve.text.library_errors import library_errors
 from jaxserve.text.token_bytes import TokenDecoder, parse_decoder
+from jaxserve.text.wrapping import wrapping_ids
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which tokenizer_config.json lists special tokens and chat templates read them."""
 
+
+MAX_TOKENIZER_BYTES = 512 << 20
+"""Largest tokenizer.json that is read; those of a vocabulary of 260,000 tokens have 35 MB."""
+
+MAX_TEMPLATE_BYTES = 16 << 20
+"""Largest chat template that is read."""
 
 LONG_TEXT_CHARS = 4096
 """Texts above this are encoded without Python's lock, which costs shorter ones more than it is worth."""
@@ -34,7 +45,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
+        """One more than the largest token id; ids below it may have no token."""
         ...
 
     @property
@@ -70,7 +81,7 @@ class Tokenizer(Protocol):
             add_special_tokens: Add what the model expects around a prompt (a BOS token); False for rendered chats.
 
         Raises:
-            InvalidRequestError: The text has an unpaired surrogate.
+            InvalidRequestError: The text has an unpaired surrogate, or the tokenizer fails on it.
         """
         ...
 
@@ -104,23 +115,24 @@ class TokenizerFacts:
         eos_token_ids: Tokens that end a sequence.
         special_tokens: Text of special tokens by role.
         chat_templates: Chat templates by name; the usual one is "default", one for tool calls "tool_use".
-        prefix_ids: Ids put before a text with special tokens; None leaves it to the backend's post-processor.
-        suffix_ids: Ids put after it; None leaves it to the backend's post-processor.
+        prefix_ids: Ids put before a text with special tokens.
+        suffix_ids: Ids put after it.
     """
 
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str] = field(default_factory=dict)
-    prefix_ids: tuple[int, ...] | None = None
-    suffix_ids: tuple[int, ...] | None = None
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
 
 
 class BackendTokenizer:
     """A `Tokenizer` on top of the `tokenizers` library.
 
     Args:
-        backend: Encodes; its decoder says how tokens become bytes.
+        backend: Encodes; its decoder says how tokens become bytes. What its post-processor would put around a text is
+            in `facts`.
         facts: What the model's other files say.
     """
 
@@ -132,11 +144,11 @@ class BackendTokenizer:
         )
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._coverage = coverage_of(backend)
-        wrapping = _wrapping(backend)
-        self._wrapping = wrapping or ([], [])
-        self._can_be_cut = wrapping is not None and can_be_cut(backend)
-        self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._coverage = coverage_of(backend, vocabulary)
+        self._can_be_cut = can_be_cut(backend)
+        # Not how many there are: in a vocabulary with holes the largest ids are beyond that.
+        self._vocab_size = 1 + max(vocabulary.values(), default=-1)
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -178,11 +190,8 @@ class BackendTokenizer:
                 f"The text has an unpaired surrogate (U+{ord(text[error.start]):04X}) at character "
                 f"{error.start}, which no Unicode text may have."
             ) from error
-        prefix, suffix = self.facts.prefix_ids, self.facts.suffix_ids
-        if not add_special_tokens or prefix is not None or suffix is not None:
-            ids = self._encode(text, add_special_tokens=False)
-            return [*(prefix or ()), *ids, *(suffix or ())] if add_special_tokens else ids
-        return self._encode(text, add_special_tokens=True)
+        ids = self._encode(text)
+        return [*self.facts.prefix_ids, *ids, *self.facts.suffix_ids] if add_special_tokens else ids
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of a text; see `Tokenizer.fewest_tokens`."""
@@ -212,22 +221,20 @@ class BackendTokenizer:
         """Whether the token is a control token."""
         return token_id in self._special
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) <= LONG_TEXT_CHARS:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        if len(text) <= PART_CHARS or not self._can_be_cut:
-            return self._encode_long(text, add_special_tokens=add_special_tokens)
-        ids: list[int] = []
-        shared: dict[int, int] = {}  # one object an id, of which a long text may have millions
-        for part in parts(text):
-            part_ids = self._encode_long(part, add_special_tokens=False)
-            ids.extend(map(shared.setdefault, part_ids, part_ids))
-        if not add_special_tokens:
+    def _encode(self, text: str) -> list[int]:
+        with library_errors(_cannot_tokenise):
+            if len(text) <= LONG_TEXT_CHARS:
+                return list(self.backend.encode(text, add_special_tokens=False).ids)
+            if len(text) <= PART_CHARS or not self._can_be_cut:
+                return self._encode_long(text)
+            ids: list[int] = []
+            shared: dict[int, int] = {}  # one object an id, of which a long text may have millions
+            for part in parts(text):
+                part_ids = self._encode_long(part)
+                ids.extend(map(shared.setdefault, part_ids, part_ids))
             return ids
-        prefix, suffix = self._wrapping
-        return [*prefix, *ids, *suffix]
 
-    def _encode_long(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode_long(self, text: str) -> list[int]:
         most = MAX_UNCUT_CHARS if self._can_be_cut else MAX_WHOLE_CHARS
         if len(text) > most:
             raise InvalidRequestError(
@@ -235,16 +242,12 @@ class BackendTokenizer:
                 f"{'break it into lines' if self._can_be_cut else 'shorten it'}."
             )
         # Of the library's ways to encode, those for batches let other threads of Python run meanwhile.
-        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
 
-def _wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
-    """What the backend's post-processor puts before and behind a text; None if that cannot be told."""
-    inner = list(backend.encode("a", add_special_tokens=False).ids)
-    whole = list(backend.encode("a", add_special_tokens=True).ids)
-    starts = [i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner]
-    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and len(starts) == 1 else None
+def _cannot_tokenise(reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"The model's tokenizer cannot tokenise this text ({reason}); send another.")
 
 
 def tokenizer_from_folder(path: str | Path, *, eos_token_ids: Sequence[int] = ()) -> BackendTokenizer:
@@ -259,41 +262,38 @@ def tokenizer_from_folder(path: str | Path, *, eos_token_ids: Sequence[int] = ()
     """
     folder = Path(path)
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    data = _read_optional(file, MAX_TOKENIZER_BYTES)
+    if data is None:
         raise CheckpointError(f"{folder} has no tokenizer.json; save the model's fast tokenizer into the folder.")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception for every malformed file.
-        raise CheckpointError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
-    backend.no_padding()
-    backend.no_truncation()
-    config = _read_json(folder / "tokenizer_config.json")
-    _add_missing_tokens(backend, config)
-    special = _special_tokens(config) or _special_tokens(_read_json(folder / "special_tokens_map.json"))
-    _mark_special(backend, special.values())
-    ids = {role: backend.token_to_id(text) for role, text in special.items()}
-    own_eos = [ids["eos_token"]] if ids.get("eos_token") is not None else []
-    facts = TokenizerFacts(
-        bos_token_id=ids.get("bos_token"),
-        eos_token_ids=tuple(dict.fromkeys(token_id for token_id in [*own_eos, *eos_token_ids] if token_id is not None)),
-        special_tokens=special,
-        chat_templates=_chat_templates(folder, config),
-        prefix_ids=_wrapping_ids(config, "add_bos_token", ids.get("bos_token")),
-        suffix_ids=_wrapping_ids(config, "add_eos_token", ids.get("eos_token")),
-    )
-    return BackendTokenizer(backend, facts)
+    config = read_optional_object(folder / "tokenizer_config.json")
+    special = _special_tokens(config) or _special_tokens(read_optional_object(folder / "special_tokens_map.json"))
+    with library_errors(
+        lambda reason: CheckpointError(f"{file} is not a tokenizer that the tokenizers library can read: {reason}")
+    ):
+        backend = load_backend(data, listed_tokens(config), str(file))
+        backend.no_padding()
+        backend.no_truncation()
+        mark_special(backend, special.values())
+        ids = {role: backend.token_to_id(text) for role, text in special.items()}
+        prefix, suffix = wrapping_ids(backend, config, bos=ids.get("bos_token"), eos=ids.get("eos_token"))
+        own_eos = [ids["eos_token"]] if ids.get("eos_token") is not None else []
+        ends = (token_id for token_id in [*own_eos, *eos_token_ids] if token_id is not None)
+        facts = TokenizerFacts(
+            bos_token_id=ids.get("bos_token"),
+            eos_token_ids=tuple(dict.fromkeys(ends)),
+            special_tokens=special,
+            chat_templates=_chat_templates(folder, config),
+            prefix_ids=prefix,
+            suffix_ids=suffix,
+        )
+        return BackendTokenizer(backend, facts)
 
 
-def _read_json(file: Path) -> Mapping[str, object]:
-    if not file.is_file():
-        return {}
+def _read_optional(file: Path, max_bytes: int) -> bytes | None:
     try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object.")
-    return value
+        return read_optional(file, max_bytes=max_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
 
 
 def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
@@ -307,49 +307,9 @@ def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
                 continue
             case other:
                 raise CheckpointError(
-                    f"tokenizer_config.json has a {role} that is neither text nor a token object: {other!r}"
+                    f"tokenizer_config.json has a {role} that is neither text nor a token object: {other!r:.80}"
                 )
     return special
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, object]) -> None:
-    """Adds the tokens that only tokenizer_config.json lists, under the ids it gives them."""
-    listed = config.get("added_tokens_decoder", {})
-    if not isinstance(listed, dict):
-        raise CheckpointError("tokenizer_config.json has an added_tokens_decoder that is not an object.")
-    known = backend.get_added_tokens_decoder()
-    for token_id, entry in sorted((int(key), entry) for key, entry in listed.items()):
-        if token_id in known:
-            continue
-        flags = {key: bool(entry[key]) for key in ("lstrip", "rstrip", "normalized", "single_word") if key in entry}
-        token = tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
-        if token.special:
-            backend.add_special_tokens([token])
-        else:
-            backend.add_tokens([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise CheckpointError(
-                f"tokenizer_config.json gives the token {token.content!r} the id {token_id}, but "
-                f"tokenizer.json makes it {backend.token_to_id(token.content)}."
-            )
-
-
-def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
-    """Makes role tokens of the plain vocabulary special, so that they are found in text and skipped in output."""
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    for text in texts:
-        if text not in special and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
-
-
-def _wrapping_ids(config: Mapping[str, object], key: str, token_id: int | None) -> tuple[int, ...] | None:
-    match config.get(key):
-        case True if token_id is not None:
-            return (token_id,)
-        case False:
-            return ()
-        case _:
-            return None
 
 
 def _chat_templates(folder: Path, config: Mapping[str, object]) -> dict[str, str]:
@@ -374,6 +334,11 @@ def _chat_templates(folder: Path, config: Mapping[str, object]) -> dict[str, str
     for name, file in [("default", folder / "chat_template.jinja")] + [
         (file.stem, file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))
     ]:
-        if file.is_file():
-            templates[name] = file.read_text(encoding="utf-8")
+        data = _read_optional(file, MAX_TEMPLATE_BYTES)
+        if data is None:
+            continue
+        try:
+            templates[name] = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8 ({error}); save it as UTF-8.") from error
     return templates

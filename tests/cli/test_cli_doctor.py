@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.checkpoint.presets import PyPISource, default_presets_dir, read_preset
+from jaxserve.checkpoint.pypi import file_name
+from jaxserve.checkpoint.snapshot import Snapshot
 from jaxserve.cli import checks, main
+from jaxserve.cli.model_checks import check_models
 
 FOUND = 'print(\'FOUND {"platform": "tpu", "kind": "TPU v5e", "local": 4, "global": 8, "memory_bytes": 17179869184}\')'
 
@@ -26,6 +31,52 @@ def test_all_of_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (code, report["healthy"]) == ((1, False) if problems else (0, True))
     assert set(problems) <= {"jaxserve"}  # not installed where tests run from a source tree
     assert all(check["advice"] for check in report["checks"] if check["status"] != "ok")
+
+
+def packaged(cache: Path, content: bytes, digest: str) -> None:
+    path = cache / "pypi" / f"some-model-1.0-{digest[:16]}.gguf"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_models_are_looked_at(tmp_path: Path) -> None:
+    packaged(tmp_path, b"whole", hashlib.sha256(b"whole").hexdigest())
+    [finding] = check_models(tmp_path)
+    assert (finding.status, finding.advice) == ("ok", "")
+    packaged(tmp_path, b"cut", hashlib.sha256(b"other").hexdigest())
+    assert sorted(finding.status for finding in check_models(tmp_path)) == ["ok", "problem"]
+
+
+def test_a_damaged_model_is_a_problem_with_a_name(tmp_path: Path) -> None:
+    preset = read_preset("smollm2-135m", default_presets_dir())
+    assert preset is not None
+    assert isinstance(preset.source, PyPISource)
+    (tmp_path / "pypi").mkdir()
+    (tmp_path / "pypi" / file_name(preset.source)).write_bytes(b"GGUF")
+    [finding] = check_models(tmp_path)
+    assert (finding.name, finding.status) == ("model smollm2-135m", "problem")
+    assert finding.found.startswith("damaged: ")
+    assert finding.advice == "Fetch it again: jaxserve pull smollm2-135m."
+
+
+def test_a_damaged_model_of_the_hub_is_a_problem(tmp_path: Path) -> None:
+    folder = tmp_path / "models--me--model" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    snapshot = Snapshot(repo_id="me/model", folder=folder, patterns=("*.json",), records=tmp_path / "hub")
+    snapshot.keep()
+    assert [finding.status for finding in check_models(tmp_path)] == ["ok"]
+    (folder / "config.json").write_text("[]")
+    [finding] = check_models(tmp_path)
+    assert (finding.name, finding.status) == ("model me/model", "problem")
+    assert "config.json has the sha256" in finding.found
+    assert finding.advice == "Fetch it again: jaxserve pull me/model."
+
+
+def test_no_home_for_a_cache() -> None:
+    finding = checks.check_folder(None)
+    assert finding.status == "problem"
+    assert "--cache-dir or JAXSERVE_CACHE" in finding.advice
 
 
 def test_a_problem_fails_and_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

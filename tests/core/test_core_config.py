@@ -67,6 +67,7 @@ class TestLoad:
             "cache_dir": ("/x", Path("/x")),
             "bundle": ("/b", Path("/b")),
             "bundle_key": ("/k", Path("/k")),
+            "verify_model": ("true", True),
             "compilation_cache": ("false", False),
             "offline": ("true", True),
             "log_level": ("debug", "debug"),

@@ -12,6 +12,7 @@ from jaxserve.core import environment
 from jaxserve.core.environment import (
     GPU_MEMORY_SHARE,
     GPU_SHARE_VARIABLES,
+    cache_dir,
     leave_out_absent_tpu,
     take_gpu_memory,
     tpu_is_absent,
@@ -29,6 +30,22 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     monkeypatch.setattr(environment, "find_spec", lambda name: name if name in packages else None)
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_dir({"JAXSERVE_CACHE": "/mine", "XDG_CACHE_HOME": "/xdg"}) == Path("/mine")
+    assert cache_dir({"XDG_CACHE_HOME": "/xdg"}) == Path("/xdg/jaxserve")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_dir({}) == Path("/home/me/.cache/jaxserve")
+
+
+def test_without_a_home_there_is_no_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(environment.Path, "home", homeless)
+    assert cache_dir({}) is None
+    assert cache_dir({"JAXSERVE_CACHE": "/mine"}) == Path("/mine")
 
 
 def test_without_a_tpu_the_cpu_is_chosen(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.checksums import Check
 from jaxserve.checkpoint.loader import Hold
 from jaxserve.checkpoint.presets import default_presets_dir, read_preset
 from jaxserve.checkpoint.sources import CheckpointSource, SourceKind, spec_of
@@ -34,9 +36,10 @@ from jaxserve.models.spec import DynamicRopeScaling, ModelSpec
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.sharding.topology import parse_topology
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
+TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
 MODEL = "random:smollm2-135m"
 SPEC = spec_of(MODEL)
-TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
 MOST_PAGES = (2**31 - 1) // SPEC.num_layers
 
 
@@ -138,6 +141,43 @@ def test_a_load_that_fails_ends_the_compilation(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CheckpointError, match="the weights are lost"):
         build_engine(config, model)
     assert 0 < len(compiled) < len(programs(plan_replica(config, model.spec, make_mesh())[0])) - 2
+
+
+def test_a_model_of_ones_own_needs_no_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("jaxserve.launch.build.cache_dir", lambda: None)
+    config = ServeConfig(model=MODEL, max_model_len=64, num_pages=8)
+    monkeypatch.setattr("jaxserve.launch.build.load_and_compile", lambda *_: (_ for _ in ()).throw(ConfigError("far")))
+    with pytest.raises(ConfigError, match="far"):
+        build_engine(config, find_model(config))
+    assert "compiled programs are not kept, for there is no home directory" in caplog.text
+
+
+def test_verify_model_hashes_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(model: str, *, check: Check, **_: object) -> CheckpointSource:
+        asked.append(check)
+        raise CheckpointError("far enough")
+
+    monkeypatch.setattr("jaxserve.launch.build.resolve_source", resolve)
+    for verify in (False, True):
+        with pytest.raises(CheckpointError, match="far enough"):
+            find_model(ServeConfig(model="smollm2-135m", verify_model=verify))
+    assert asked == [Check.SIZES, Check.HASHES]
+
+
+def test_the_engine_stops_where_the_tokenizer_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The config names one end, the tokenizer another: those of chats are often in tokenizer_config.json only."""
+    folder = copytree(TEXT_DATA / "llama3_folder", tmp_path / "model")
+    config = {**json.loads((GOLDENS / "llama" / "config.json").read_text()), "vocab_size": 2000, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = find_model(ServeConfig(model=str(folder)))
+    assert model.spec.eos_token_ids == (0, 2)
+    assert set(model.tokenizer.eos_token_ids) == {0, 2}
+    assert "the tokenizer has ids up to" not in caplog.text
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2}))
+    assert find_model(ServeConfig(model=str(folder))).spec.eos_token_ids == (0,), "the model cannot produce 2"
+    assert "the tokenizer has ids up to 1102, the model only up to 1" in caplog.text
 
 
 def test_a_load_that_waits_for_a_program_ends_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,36 @@ def test_a_manifest_that_says_nonsense(folder: Path, tmp_path: Path, change: dic
         open_bundle(tmp_path)
 
 
+@pytest.mark.parametrize("depth", [100, 500, 100_000])
+def test_a_manifest_in_itself_many_times(folder: Path, tmp_path: Path, depth: int) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    text = json.dumps({**manifest, "topology": "HERE"})
+    (tmp_path / MANIFEST).write_text(text.replace('"HERE"', "[" * depth + "]" * depth))
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged \((ValueError: it is nested|Recursion)"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_bytes": "1"}, {"num_bytes": -1}, {"sha256": None}])
+def test_entries_of_odd_types(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["entries"][0].update(change)
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"the size or the checksum of .* is none"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "manifest.sig", "executable", "key"])
+def test_what_is_no_file_hangs_nobody(folder: Path, tmp_path: Path, name: str) -> None:
+    changed = copy(folder, tmp_path / "changed")
+    (tmp_path / "key").write_text("key")
+    entry = open_bundle(folder).entries[0]
+    path = {"key": tmp_path / "key", "executable": changed / entry.file}.get(name, changed / name)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="it is not a regular file"):
+        open_bundle(changed, read_key(tmp_path / "key") if name in ("key", "manifest.sig") else None)._checked(entry)
+
+
 def test_bundles_of_before_are_refused(folder: Path, tmp_path: Path) -> None:
     """Executables of format 2 may lack their code, and nobody sees it before they run."""
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -499,6 +529,7 @@ def test_a_model_is_itself_in_every_form() -> None:
     spec = spec_of("smollm2-135m")
     assert spec_digest(replace(spec, norm_eps=9.999999747378752e-06)) == spec_digest(spec)
     assert spec_digest(replace(spec, norm_eps=1e-6)) != spec_digest(spec)
+    assert spec_digest(replace(spec, eos_token_ids=(0, 2, 4), bos_token_id=None)) == spec_digest(spec)
     assert spec_digest(replace(spec, rope=replace(spec.rope, theta=10001.0))) != spec_digest(spec)
     yarn = YarnRopeScaling(
         factor=4.0, original_max_len=64, beta_fast=32.0, beta_slow=1.0, truncate=True, attention_factor=1.0

@@ -40,6 +40,42 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     reset_cache()
 
 
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """JAX's settings of the cache as they were, after a test."""
+    before = {name: jax.config.values[name] for name in SETTINGS}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    before = jax.config.values["jax_compilation_cache_dir"]
+    enable_persistent_cache(tmp_path / "file" / "programs")
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    assert "compiled programs are not kept" in caplog.text
+    assert "Not a directory" in caplog.text
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_cache_that_cannot_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("jaxserve.engine.compile.tempfile.TemporaryFile", refuse)
+    enable_persistent_cache(tmp_path)
+    reset_cache()
+    assert "Permission denied" in caplog.text
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
+    jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
+    assert kept(tmp_path) == 0, "nothing is tried to be written"
+
+
 def kept(cache: Path) -> int:
     """Executables in the cache."""
     return len(list(cache.glob("*-cache")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,20 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_params
-from server_harness import ASSISTANT, BOS, CONFIG, INFO, TEMPLATE, TOKENIZER, chat, completion, events_of, ids
+from server_harness import (
+    ASSISTANT,
+    BOS,
+    CONFIG,
+    INFO,
+    TEMPLATE,
+    TOKENIZER,
+    chat,
+    client_of,
+    completion,
+    events_of,
+    ids,
+    make_app,
+)
 
 from jaxserve.core.types import SamplingParams
 from jaxserve.engine.fake import FakeEngine
@@ -420,3 +434,11 @@ class TestTokens:
         answer = await self.post(client, DETOKENIZE, tokens=[BOS, *ids("Aß")], model="alias")
         assert answer == {"prompt": "<s>Aß"}
         assert await self.post(client, DETOKENIZE, tokens=[]) == {"prompt": ""}
+
+    async def test_ids_that_a_model_has_beyond_its_tokenizer(self) -> None:
+        info = dataclasses.replace(INFO, vocab_size=INFO.vocab_size + 64)
+        async with client_of(make_app(FakeEngine(info))) as client:
+            tokens = [*ids("A"), INFO.vocab_size, info.vocab_size - 1, *ids("B")]
+            assert await self.post(client, DETOKENIZE, tokens=tokens) == {"prompt": "AB"}
+            response = await client.post(DETOKENIZE, json={"tokens": [info.vocab_size]})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")

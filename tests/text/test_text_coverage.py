@@ -52,7 +52,7 @@ def byte_level(*, without: str = "", **model: Any) -> Backend:
 
 
 def bound(backend: Backend, text: str) -> int:
-    coverage = coverage_of(backend)
+    coverage = coverage_of(backend, backend.get_vocab())
     assert coverage is not None
     return coverage.fewest_tokens(text)
 
@@ -171,7 +171,8 @@ def _other_model() -> Backend:
 )
 def test_nothing_is_claimed_of_what_loses_text(make: Any, text: str) -> None:
     assert len(make().encode(text).ids) <= 1000
-    assert coverage_of(make()) is None
+    backend = make()
+    assert coverage_of(backend, backend.get_vocab()) is None
 
 
 def test_a_tokenizer_without_a_bound_says_none() -> None:

@@ -98,9 +98,9 @@ def test_a_long_text_is_never_encoded_as_a_whole(monkeypatch: pytest.MonkeyPatch
     longest: list[int] = []
     encode = BackendTokenizer._encode_long
 
-    def spy(self: BackendTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    def spy(self: BackendTokenizer, text: str) -> list[int]:
         longest.append(len(text))
-        return encode(self, text, add_special_tokens=add_special_tokens)
+        return encode(self, text)
 
     monkeypatch.setattr(BackendTokenizer, "_encode_long", spy)
     tokenizer.encode("hello you " * 50_000)

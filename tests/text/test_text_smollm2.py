@@ -30,7 +30,7 @@ def test_ids_equal_llama_cpp(tokenizer: Tokenizer) -> None:
 
 def test_facts(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49152
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2, 0, 4))
     assert [token_id for token_id in range(100) if tokenizer.is_special(token_id)] == list(range(17))
     assert tokenizer.encode("12345") == [tokenizer.encode(digit)[0] for digit in "12345"]
 

@@ -84,7 +84,8 @@ def test_folder_and_gguf_agree() -> None:
     folder = tokenizer_from_folder(DATA / "llama3_folder")
     assert [gguf.encode(text) for text in TEXTS] == [folder.encode(text) for text in TEXTS]
     assert gguf.special_tokens == folder.special_tokens
-    assert gguf.eos_token_ids == folder.eos_token_ids == (2,)
+    assert folder.eos_token_ids == (2,)
+    assert gguf.eos_token_ids == (2, 0), "<|endoftext|> is known by its text"
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentence_piece(), tokenizer_from_folder(DATA / "llama3_folder")])
@@ -218,6 +219,48 @@ def test_folder_flags_win_over_the_post_processor(folder: Path) -> None:
     assert tokenizer.encode("the") == [*plain, 2]
 
 
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("eos", [None, True, False])
+def test_each_side_is_governed_by_its_own_key(folder: Path, bos: bool | None, eos: bool | None) -> None:
+    """As `transformers` 4.57 has it; the post-processor of this folder puts a BOS token before a text."""
+    keys = {"add_bos_token": bos, "add_eos_token": eos}
+    edit(folder, **{key: value for key, value in keys.items() if value is not None})
+    tokenizer = tokenizer_from_folder(folder)
+    plain = tokenizer.encode("the", add_special_tokens=False)
+    before, after = [] if bos is False else [1], [2] if eos else []
+    assert tokenizer.encode("the") == [*before, *plain, *after]
+    assert tokenizer.encode("") == [*before, *after]
+
+
+def test_what_the_post_processor_adds_is_kept(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    both = {"type": "BertProcessing", "sep": ["<|im_end|>", 2], "cls": ["<|im_start|>", 1]}
+    file.write_text(json.dumps({**document, "post_processor": both}))
+    plain = tokenizer_from_folder(folder).encode("the", add_special_tokens=False)
+    assert tokenizer_from_folder(folder).encode("the") == [1, *plain, 2]
+    edit(folder, add_bos_token=False)
+    assert tokenizer_from_folder(folder).encode("the") == [*plain, 2]
+    edit(folder, add_bos_token=None, add_eos_token=False)
+    assert tokenizer_from_folder(folder).encode("the") == [1, *plain]
+
+
+def test_post_processors_that_do_more_are_refused(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    document["post_processor"]["single"] *= 2
+    file.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="does something else than to put tokens before and after a text"):
+        tokenizer_from_folder(folder)
+
+
+@pytest.mark.parametrize("value", [1, "true", [], {}])
+def test_flags_that_are_neither_true_nor_false(folder: Path, value: object) -> None:
+    edit(folder, add_eos_token=value)
+    with pytest.raises(CheckpointError, match=r"has add_eos_token = .*, which is neither true nor false"):
+        tokenizer_from_folder(folder)
+
+
 def test_folder_role_token_of_the_plain_vocabulary_becomes_special(folder: Path) -> None:
     edit(folder, eos_token="the")
     tokenizer = tokenizer_from_folder(folder)
@@ -239,12 +282,13 @@ def test_folder_faults_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     edit(folder, eos_token=7)
     with pytest.raises(CheckpointError, match=r"eos_token that is neither text nor a token object: 7"):
         tokenizer_from_folder(folder)
-    edit(folder, eos_token="<|im_end|>", added_tokens_decoder={"9999": {"content": "<new>", "special": True}})
-    with pytest.raises(CheckpointError, match=r"gives the token '<new>' the id 9999"):
+    edit(folder, eos_token="<|im_end|>", added_tokens_decoder={"9999": {"content": "the", "special": True}})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json gives the token 'the' the id 9999"):
         tokenizer_from_folder(folder)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"is not valid JSON"):
         tokenizer_from_folder(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"not a tokenizer that the tokenizers library can read"):
         tokenizer_from_folder(folder)

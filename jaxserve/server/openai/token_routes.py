@@ -12,6 +12,7 @@ from jaxserve.core.errors import InvalidRequestError
 from jaxserve.engine.api import Engine
 from jaxserve.server.openai.body import body_decoder, read_body
 from jaxserve.server.openai.decode import BodyDecoder
+from jaxserve.server.openai.encoding import encode
 from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import DETOKENIZE, TOKENIZE
 from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
@@ -62,17 +63,17 @@ class TokenRoutes:
         if body.prompt is None:
             token_ids = self.translator.chat_prompt(body)
         else:
-            token_ids = self.translator.tokenizer.encode(
-                body.prompt, add_special_tokens=body.add_special_tokens is not False
-            )
+            add_special_tokens = body.add_special_tokens is not False
+            token_ids = encode(self.translator.tokenizer, body.prompt, "prompt", add_special_tokens=add_special_tokens)
         return token_ids, bool(body.return_token_strs)
 
     def _detokenize(self, data: bytes) -> tuple[int, ...]:
         body = self.detokenize_bodies.decode(data)
-        vocab_size = self.translator.tokenizer.vocab_size
         self._check_model(body.model)
-        if body.tokens and max(body.tokens) >= vocab_size:
-            raise InvalidRequestError(f"tokens must be token ids in [0, {vocab_size}).", param="tokens")
+        # A model may have rows beyond the tokenizer's tokens, and generate their ids; they have no text.
+        num_ids = max(self.translator.tokenizer.vocab_size, self.engine.info.vocab_size)
+        if body.tokens and max(body.tokens) >= num_ids:
+            raise InvalidRequestError(f"tokens must be token ids in [0, {num_ids}).", param="tokens")
         return body.tokens
 
     def _check_model(self, model: str | None) -> None:

@@ -19,6 +19,7 @@ from jaxserve.server.openai.asked import check_counts, check_lengths, check_prom
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.conversation import content_text, render_conversation
 from jaxserve.server.openai.echo import Echo, echo_of_ids, echo_of_text
+from jaxserve.server.openai.encoding import encode
 from jaxserve.server.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -190,7 +191,7 @@ class Translator:
         if room is not None and len(text) > room:
             # To refuse what is far too long at its length costs nothing; tokenising it takes seconds.
             _check_room(self.tokenizer.fewest_tokens(text), param, room, counted=False)
-        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        token_ids = encode(self.tokenizer, text, param, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; give at least one token.", param=param)
         _check_room(len(token_ids), param, room)
@@ -275,7 +276,7 @@ class Translator:
         if not all(bare):
             raise InvalidRequestError("bad_words must not hold blank texts.", param="bad_words")
         spelled = [form for word in bare for form in (word, f" {word}")]
-        found = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in spelled)
+        found = (tuple(encode(self.tokenizer, form, "bad_words", add_special_tokens=False)) for form in spelled)
         forms = tuple(dict.fromkeys(ids for ids in found if ids))
         if len(forms) > MAX_BAD_WORDS:
             raise InvalidRequestError(

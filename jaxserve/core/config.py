@@ -16,7 +16,7 @@ import yaml
 
 from jaxserve.core.environment import ENV_PREFIX, variables
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.setting import boolean, choice, declare, integer, names, number
+from jaxserve.core.setting import boolean, choice, declare, hosts, integer, names, number, origins
 
 _MIB = 1 << 20
 
@@ -108,7 +108,27 @@ class ServeConfig:
     )
     max_waiting: int = declare(1024, integer(0), "sequences that may wait before requests are refused with a 429")
     served_model_name: tuple[str, ...] = declare((), names, "names the API knows the model by, comma-separated")
-    api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
+    api_key: tuple[str, ...] = declare(
+        (), names, "keys that clients must present, comma-separated; none: open to all", secret=True
+    )
+    api_key_file: Path | None = declare(
+        None, Path, "file of further keys, one a line, which no list of processes shows", none="none"
+    )
+    tls_cert: Path | None = declare(None, Path, "certificate chain (PEM) to serve HTTPS with", none="none")
+    tls_key: Path | None = declare(None, Path, "private key (PEM) of that certificate", none="none")
+    allowed_hosts: tuple[str, ...] | None = declare(
+        None,
+        hosts,
+        "hosts that requests may be for, comma-separated: names, *.names, addresses, networks, or * for all; loopback "
+        "always may (auto: only loopback when listening on loopback, all otherwise)",
+        none="auto",
+    )
+    allowed_origins: tuple[str, ...] = declare(
+        (), origins, "origins whose web pages may use the API (CORS), comma-separated, or * for all"
+    )
+    max_connections: int | None = declare(
+        None, integer(1), "most connections at once (auto: what the limit on open files allows)", none="auto"
+    )
     max_body_bytes: int = declare(8 * _MIB, integer(1), "largest request body")
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -9,16 +10,23 @@ from prometheus_client import CollectorRegistry
 from jaxserve.core.config import ServeConfig
 from jaxserve.launch.build import Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
+from jaxserve.server.keys import read_keys
 from jaxserve.server.lifecycle import serve_app
+from jaxserve.server.limits import connection_limits, raise_open_files
 from jaxserve.server.openai.app import create_app
 from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.hosts import hosts_of, is_loopback
 from jaxserve.server.openai.slot import EngineSlot
+from jaxserve.server.tls import tls_context
 from jaxserve.telemetry.metrics import EngineMetrics
 from jaxserve.telemetry.tracing import exporting_tracer
 
+_LOG = logging.getLogger(__name__)
+_OPEN_TO_ALL = "whoever reaches it can use it and spend its time; set --api-key-file (or --host 127.0.0.1)"
+
 
 def run(config: ServeConfig, progress: Progress | None = None) -> None:
-    """Serves a model until SIGTERM or SIGINT, then drains and returns.
+    """Serves a model until SIGTERM, SIGINT or SIGHUP, then drains and returns.
 
     Args:
         config: What to serve and how.
@@ -28,6 +36,12 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
         JaxserveError: The model cannot be found, loaded or served as configured.
     """
     release = version("jaxserve")
+    # What is wrong with these shows before a model is fetched.
+    keys = _keys(config)
+    tls = tls_context(config.tls_cert, config.tls_key)
+    limits = connection_limits(config.max_connections, open_files=raise_open_files())
+    if not keys and not is_loopback(config.host):
+        _LOG.warning("listening on %s without an API key: %s", config.host, _OPEN_TO_ALL)
     model = find_model(config, progress)
     registry = CollectorRegistry()
     tracer = None
@@ -43,7 +57,9 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
         AppConfig(
             served_model_names=names,
             version=release,
-            api_keys=config.api_key,
+            api_keys=keys,
+            allowed_hosts=hosts_of(config.allowed_hosts, listens_on=config.host),
+            allowed_origins=config.allowed_origins,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         ),
@@ -63,4 +79,11 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
         port=config.port,
         drain_deadline_s=config.drain_deadline_s,
         start=start,
+        limits=limits,
+        tls=tls,
     )
+
+
+def _keys(config: ServeConfig) -> tuple[str, ...]:
+    from_file = () if config.api_key_file is None else read_keys(config.api_key_file)
+    return tuple(dict.fromkeys((*config.api_key, *from_file)))

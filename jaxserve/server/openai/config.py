@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_N = 128
 """Most sequences a prompt may ask for by default."""
@@ -22,6 +22,8 @@ class AppConfig:
         served_model_names: Names a request may call the model by, at least one; answers use the one the request used.
         version: The server's version, shown by `/version`.
         api_keys: Keys of which a request must bring one; none means that no key is asked for.
+        allowed_hosts: Hosts that requests may be for, as `hosts.hosts_of` gives them; None for all.
+        allowed_origins: Origins whose web pages may use the API, `*` for all.
         max_body_bytes: Largest request body.
         max_n: Most sequences a prompt may ask for, by `n` or `best_of`.
         max_prompts: Most prompts a request may bring.
@@ -31,7 +33,9 @@ class AppConfig:
 
     served_model_names: tuple[str, ...]
     version: str = "0"
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_hosts: tuple[str, ...] | None = None
+    allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
     max_n: int = MAX_N
     max_prompts: int = MAX_PROMPTS

@@ -1,9 +1,9 @@
 """Reading bodies: how large one may be, how long it may take, and how much memory all of them may hold together.
 
-Each body may be as large as the limit, and many clients may send one at once; half-sent ones would hold their memory for
-as long as their clients like. So a body that falls silent is given up, and the memory of all bodies that are being read
-or parsed has a bound: what would pass it is refused with a 503, unless another body has been silent for a while, which
-is given up first.
+Each body may be as large as the limit, and many clients may send one at once; half-sent ones would hold their memory
+for as long as their clients like. So a body that falls silent is given up, and the memory of all bodies that are being
+read or parsed has a bound: what would pass it is refused with a 503, unless another body has been silent for a while,
+which is given up first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxserve.core.errors import OverloadedError, PayloadTooLargeError, SlowRequ
 from jaxserve.server.openai.errors import error_response
 
 SMALL_BODY_BYTES = 64 * 1024
-"""So much of each body is free, that small requests pass whatever large ones do; connections bound how many there are."""
+"""So much of each body is free, so that small requests pass whatever large ones do; connections bound how many."""
 
 BODIES_AT_ONCE = 8
 """All bodies together may hold as much as so many of the largest."""

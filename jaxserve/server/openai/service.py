@@ -27,6 +27,7 @@ from jaxserve.server.openai.body import parse_body, read_body
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
+from jaxserve.server.openai.intake import body_is_parsed
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
 from jaxserve.server.openai.responses import EventStream, until_disconnect
 from jaxserve.server.openai.schema import ChatBody, CompletionBody
@@ -117,6 +118,8 @@ class Service:
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
             generation = await in_thread_if_large(data, lambda: translate(data, response_id))
+        del data
+        body_is_parsed(request.scope)
         inflight = InFlight(
             self.engine,
             generation,

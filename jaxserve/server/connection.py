@@ -14,6 +14,7 @@ which `Connections.sweep` looks at: setting it costs nothing, and most are met.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 
 from uvicorn import Config
@@ -37,6 +38,7 @@ _PIECE_BYTES = 4096
 are queued parsed."""
 
 _HEAD_END = b"\r\n\r\n"
+_UPGRADE = re.compile(rb"\nupgrade:", re.IGNORECASE)
 
 
 class Connection(HttpToolsProtocol):
@@ -202,18 +204,28 @@ class Connection(HttpToolsProtocol):
             size = self._piece_size(data, position)
             piece = data if size == len(data) else data[position : position + size]
             position += size
-            if self._in_head and self._num_overhead_bytes == 0 and self.cycle is not None:
-                self._deadline_s = self.loop.time() + self._limits.head_s
+            if self._in_head and self._num_overhead_bytes == 0:
+                piece = self._begin_head(piece)
             if self._in_head or self._content_left is None:
                 self._num_overhead_bytes += size
             if self._num_overhead_bytes > self._limits.head_bytes:
-                self._refuse(HeadTooLargeError(f"A request's head may have {self._limits.head_bytes} bytes."))
+                self._refuse(_too_large(self._limits.head_bytes))
                 return
             super().data_received(piece)
             if self._refused or self.transport.is_closing():
                 return
         if not self._in_head and not self.cycle.response_complete:
             self._connections.uploads(self)
+
+    def _begin_head(self, piece: bytes) -> bytes:
+        """Starts the clock of a head that is not the connection's first; returns what is to be parsed of it.
+
+        The parser takes no body after a head that asks for another protocol, as Java's client does with every request
+        (`Upgrade: h2c`). A server may ignore such headers, so they are hidden from it.
+        """
+        if self.cycle is not None:
+            self._deadline_s = self.loop.time() + self._limits.head_s
+        return _UPGRADE.sub(b"\nignored:", piece) if piece.endswith(_HEAD_END) else piece
 
     def _piece_size(self, data: bytes, position: int) -> int:
         if not self._in_head:
@@ -249,6 +261,10 @@ class Connection(HttpToolsProtocol):
         self.flow.release_reading()
         self._deadline_s = self.loop.time() + self._limits.linger_s
         self._connections.waits(self)
+
+
+def _too_large(max_bytes: int) -> HeadTooLargeError:
+    return HeadTooLargeError(f"The request's line and headers are larger than the {max_bytes} bytes allowed.")
 
 
 class _Flow(FlowControl):

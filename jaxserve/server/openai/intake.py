@@ -21,7 +21,7 @@ SMALL_BODY_BYTES = 64 * 1024
 """So much of each body is free, so that small requests pass whatever large ones do; connections bound how many."""
 
 BODIES_AT_ONCE = 8
-"""All bodies together may hold as much as so many of the largest."""
+"""So many of the largest bodies may be read at once."""
 
 _KEY = "jaxserve.body"
 
@@ -44,8 +44,8 @@ class BodyLimits:
 
     @property
     def all_bytes(self) -> int:
-        """Most bytes of all bodies that are being read or parsed."""
-        return BODIES_AT_ONCE * self.max_bytes
+        """Most bytes beyond the free ones of all bodies that are being read or parsed."""
+        return BODIES_AT_ONCE * max(0, self.max_bytes - SMALL_BODY_BYTES)
 
 
 def body_is_parsed(scope: Scope) -> None:

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jaxserve.core.errors import JaxserveError
 from jaxserve.server.openai.errors import error_response
-from jaxserve.server.openai.intake import SMALL_BODY_BYTES, BodyLimit, BodyLimits, body_is_parsed
+from jaxserve.server.openai.intake import BODIES_AT_ONCE, SMALL_BODY_BYTES, BodyLimit, BodyLimits, body_is_parsed
 
 LIMITS = BodyLimits(max_bytes=SMALL_BODY_BYTES + 1000, silence_s=30.0)
 
@@ -81,7 +81,7 @@ def reading(parsed: asyncio.Event, limits: BodyLimits = LIMITS) -> BodyLimit:
 class TestMemory:
     async def fill(self, app: BodyLimit, senders: list[Sender], *headers: tuple[bytes, bytes]) -> None:
         """Half-sent bodies that hold all there is."""
-        for _ in range(8):
+        for _ in range(BODIES_AT_ONCE):
             senders.append(Sender(app, *headers))
             await senders[-1].send(SMALL_BODY_BYTES)
             await senders[-1].send(1000)
@@ -163,7 +163,7 @@ class TestTime:
 
 async def test_app_lets_go_of_bodies_before_it_generates() -> None:
     """More large prompts may be in flight than may be read at once."""
-    engine = make_engine(step_delay_s=0.05)
+    engine = make_engine(step_delay_s=0.2)
     limit = SMALL_BODY_BYTES + 10_000
     app = make_app(engine, replace(CONFIG, max_body_bytes=limit))
     data = json.dumps(completion("x" * (limit - 200), max_tokens=100, truncate_prompt_tokens=10)).encode()
@@ -184,10 +184,12 @@ async def test_app_lets_go_of_bodies_before_it_generates() -> None:
             {**scope, "query_string": b"", "raw_path": b"", "root_path": "", "http_version": "1.1"}, receive, send
         )
 
-    tasks = [asyncio.create_task(ask()) for _ in range(20)]
+    tasks = []
     async with asyncio.timeout(30):
-        while engine.stats().num_running < 20 and not statuses:
-            await asyncio.sleep(0.01)
+        for num_running in range(1, 2 * BODIES_AT_ONCE):
+            tasks.append(asyncio.create_task(ask()))
+            while engine.stats().num_running < num_running and not statuses:
+                await asyncio.sleep(0.001)
     assert statuses == []
     for task in tasks:
         task.cancel()

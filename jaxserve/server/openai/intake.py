@@ -20,7 +20,7 @@ from jaxserve.server.openai.errors import error_response
 SMALL_BODY_BYTES = 64 * 1024
 """So much of each body is free, so that small requests pass whatever large ones do; connections bound how many."""
 
-BODIES_AT_ONCE = 8
+BODIES_AT_ONCE = 16
 """So many of the largest bodies may be read at once."""
 
 _KEY = "jaxserve.body"

@@ -2,7 +2,8 @@
 
 A connection waits (nothing of a request has come, or part of a head), uploads (its head has come, its body not yet),
 or works (a whole request is being answered). When all places are taken, the one that has waited longest is closed; if
-none waits, the upload that has been silent longest. A connection that works is never closed to make room.
+none waits, the upload that has been silent longest. A connection that works is never closed to make room. So that
+probes find a place whatever others do, a few places are reserved: connections that work or upload may not take them.
 """
 
 from __future__ import annotations
@@ -73,30 +74,25 @@ class Connections:
         self._waiting.pop(peer, None)
         self._uploading.pop(peer, None)
 
-    def admits(self) -> bool:
-        """Whether a connection may ask for more than a probe; one that waits is closed for it if need be."""
-        if self.num_open <= self.limits.max_connections or self.make_room():
-            return True
-        self.refused()
-        return False
+    def has_room(self) -> bool:
+        """Whether one more may open; one is closed for it if need be."""
+        while self.num_open >= self.limits.max_connections + self.limits.num_reserved:
+            if not self.make_room():
+                self._refuse()
+                return False
+        return True
 
-    def refused(self) -> None:
-        """Somebody was sent away for want of room."""
-        self._num_refused += 1
-        self._warn()
+    def admits(self) -> bool:
+        """Whether the last that `works` may ask for more than a probe; a silent upload is closed for it if need be."""
+        while self.num_open - len(self._waiting) > self.limits.max_connections:
+            if not self._close(self._silent_upload()):
+                self._refuse()
+                return False
+        return True
 
     def make_room(self) -> bool:
         """Closes the connection that can best be spared; returns whether there was one."""
-        peer = next(iter(self._waiting), None)
-        if peer is None:
-            peer, since_s = next(iter(self._uploading.items()), (None, 0.0))
-            if peer is None or self._clock() - since_s < SILENT_UPLOAD_S:
-                return False
-        self.closed(peer)
-        peer.abort()
-        self._num_closed += 1
-        self._warn()
-        return True
+        return self._close(next(iter(self._waiting), None) or self._silent_upload())
 
     def sweep(self) -> None:
         """Closes connections whose clients have taken too long."""
@@ -110,6 +106,23 @@ class Connections:
         self._uploading.pop(peer, None)
         if line is not None:
             line[peer] = self._clock()
+
+    def _silent_upload(self) -> Peer | None:
+        peer, since_s = next(iter(self._uploading.items()), (None, 0.0))
+        return peer if self._clock() - since_s >= SILENT_UPLOAD_S else None
+
+    def _close(self, peer: Peer | None) -> bool:
+        if peer is None:
+            return False
+        self.closed(peer)
+        peer.abort()
+        self._num_closed += 1
+        self._warn()
+        return True
+
+    def _refuse(self) -> None:
+        self._num_refused += 1
+        self._warn()
 
     def _warn(self) -> None:
         """Says what has been done for want of room, once in a while."""

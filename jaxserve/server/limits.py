@@ -40,8 +40,8 @@ class ConnectionLimits:
     """What connections of one server may take.
 
     Attributes:
-        max_connections: Most connections that may ask for anything.
-        num_reserved: Connections beyond those, which may only ask for probes.
+        max_connections: Most connections that send or await something at a time, but for probes.
+        num_reserved: Connections beyond those; for probes, and for new ones until they ask.
         head_bytes: Largest head.
         head_s: Seconds until a head must be complete.
         keep_alive_s: Seconds an idle connection is kept.

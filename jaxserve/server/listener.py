@@ -24,6 +24,7 @@ SWEEP_S = 0.5
 _ACCEPTS = 64
 """Most connections accepted in a turn of the event loop."""
 
+_SHORT_PAUSE_S = 0.001
 _PAUSE_S = 0.05
 _WARN_EVERY_S = 10.0
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -90,15 +91,13 @@ class Listener:
             self._take(sock)
 
     def _take(self, sock: socket.socket) -> None:
-        limits = self._connections.limits
         sock.setblocking(False)
-        if self._connections.num_open >= limits.max_connections:
-            self._connections.make_room()
-        if self._connections.num_open >= limits.max_connections + limits.num_reserved:
-            self._connections.refused()
+        if not self._connections.has_room():
             self._send_away(sock)
             return
-        task = self._loop.create_task(self._open(sock))
+        handshake = _Handshake(sock)
+        self._connections.waits(handshake)
+        task = self._loop.create_task(self._open(sock, handshake))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
@@ -108,9 +107,7 @@ class Listener:
             if self._tls is None:
                 sock.send(refusal(OverloadedError("The server has no room for a connection; try again in a moment.")))
 
-    async def _open(self, sock: socket.socket) -> None:
-        handshake = _Handshake(sock)
-        self._connections.waits(handshake)
+    async def _open(self, sock: socket.socket, handshake: _Handshake) -> None:
         timeout = {} if self._tls is None else {"ssl_handshake_timeout": self._connections.limits.head_s}
         try:
             await self._loop.connect_accepted_socket(self._make, sock, ssl=self._tls, **timeout)
@@ -133,9 +130,10 @@ class Listener:
                 error.strerror,
                 "closing one that waits" if made_room else "none can be closed; raise `ulimit -n`",
             )
-        # The socket stays readable, so without a pause this would be called again at once.
+        # The socket stays readable, so without a pause this would be called again at once. A file that was closed is
+        # free in the next turn of the event loop.
         self._loop.remove_reader(self._sock)
-        self._loop.call_later(_PAUSE_S, self._resume)
+        self._loop.call_later(_SHORT_PAUSE_S if made_room else _PAUSE_S, self._resume)
 
     def _resume(self) -> None:
         if self._sock.fileno() >= 0 and self._timer is not None and not self._timer.cancelled():

@@ -80,16 +80,32 @@ def test_uploads_go_after_a_silence(connections: Connections, clock: Clock, gone
     assert gone == ["c", "b"], "one that waits goes before any upload, and a is not silent"
 
 
-def test_admission(connections: Connections, gone: list[str]) -> None:
-    peers = [Peer(name, gone) for name in "abcd"]
+def test_reserved_places_are_for_probes(connections: Connections, clock: Clock, gone: list[str]) -> None:
+    peers = [Peer(name, gone) for name in "abcde"]
     for peer in peers[:3]:
         connections.works(peer)
         assert connections.admits()
+    for peer in peers[3:]:
+        assert connections.has_room()
+        connections.waits(peer)
     connections.works(peers[3])
-    assert not connections.admits()
-    connections.waits(peers[0])
+    assert not connections.admits(), "a fourth may only ask for a probe"
+    connections.uploads(peers[0])
+    clock.now_s += SILENT_UPLOAD_S
     assert connections.admits()
     assert gone == ["a"]
+
+
+def test_newcomers_take_the_place_of_those_that_wait(connections: Connections, gone: list[str]) -> None:
+    for i in range(20):
+        assert connections.has_room()
+        connections.waits(Peer(str(i), gone))
+    assert gone == [str(i) for i in range(15)]
+    assert connections.num_open == 5
+    connections = Connections(ConnectionLimits(max_connections=3, num_reserved=2))
+    for i in range(5):
+        connections.works(Peer(f"w{i}", gone))
+    assert not connections.has_room()
 
 
 def test_what_ends_counts_no_more(connections: Connections, gone: list[str]) -> None:
@@ -114,7 +130,9 @@ def test_log_says_so_once_in_a_while(
         for i in range(100):
             connections.waits(Peer(str(i), gone))
             connections.make_room()
-            connections.refused()
+            for j in range(5):
+                connections.works(Peer(f"{i} {j}", gone))
+            assert not connections.has_room()
         clock.now_s += 11
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     assert "(max_connections) are taken: 100 idle or silent ones closed, 100 requests refused" in caplog.messages[1]

@@ -163,10 +163,10 @@ class TestTime:
 
 async def test_app_lets_go_of_bodies_before_it_generates() -> None:
     """More large prompts may be in flight than may be read at once."""
-    engine = make_engine(step_delay_s=0.2)
+    engine = make_engine(step_delay_s=0.05)
     limit = SMALL_BODY_BYTES + 10_000
     app = make_app(engine, replace(CONFIG, max_body_bytes=limit))
-    data = json.dumps(completion("x" * (limit - 200), max_tokens=100, truncate_prompt_tokens=10)).encode()
+    data = json.dumps(completion("x" * (limit - 200), max_tokens=200, truncate_prompt_tokens=10)).encode()
     statuses: list[int] = []
 
     async def ask() -> None:
@@ -186,7 +186,7 @@ async def test_app_lets_go_of_bodies_before_it_generates() -> None:
 
     tasks = []
     async with asyncio.timeout(30):
-        for num_running in range(1, 2 * BODIES_AT_ONCE):
+        for num_running in range(1, BODIES_AT_ONCE + 4):
             tasks.append(asyncio.create_task(ask()))
             while engine.stats().num_running < num_running and not statuses:
                 await asyncio.sleep(0.001)

@@ -21,8 +21,8 @@ from jaxserve.server.refusal import refusal
 SWEEP_S = 0.5
 """Seconds between looks at the connections' deadlines."""
 
-_ACCEPTS = 64
-"""Most connections accepted in a turn of the event loop."""
+_ACCEPTS = 16
+"""Most connections accepted in a turn of the event loop; files of those closed for them are free in the next."""
 
 _SHORT_PAUSE_S = 0.001
 _PAUSE_S = 0.05

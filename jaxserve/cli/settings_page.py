@@ -20,7 +20,8 @@ A setting `max_num_seqs` is the flag `--max-num-seqs`, the key `max_num_seqs` of
 and the environment variable `JAXSERVE_MAX_NUM_SEQS`. Flags go before variables, variables before the file. Unknown keys
 and variables are errors. `JAXSERVE_CACHE` moves the cache directory of every command (default:
 `$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, every command tells JAX to take 95 % of the
-memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise.
+memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise. Limits on clients, and who may
+use a server, are in [limits.md](limits.md).
 
     model: smollm2-135m
     port: 8000

@@ -133,7 +133,9 @@ class ServeConfig:
     request_timeout_s: float | None = declare(
         None, number(0.001, 86400), "seconds after which a request is ended with a 504", none="none"
     )
-    drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
+    drain_deadline_s: float = declare(
+        30.0, number(0, 86400), "seconds requests in flight get to finish when told to end"
+    )
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
     cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")
     compilation_cache: bool = declare(True, boolean, "keep compiled programs on disk between starts")

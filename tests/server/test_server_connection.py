@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -96,6 +98,19 @@ def post(body: dict[str, Any], *extra: bytes) -> bytes:
 
 def text_of(body: bytes) -> str:
     return str(json.loads(body)["choices"][0]["text"])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Connections]:
+    """The servers' own books."""
+    made: list[Connections] = []
+
+    def make(*given: Any, **named: Any) -> Connections:
+        made.append(Connections(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(lifecycle, "Connections", make)
+    return made
 
 
 class TestHeads:
@@ -302,18 +317,6 @@ class TestPipelining:
 
 
 class TestSlowReaders:
-    @pytest.fixture
-    def made(self, monkeypatch: pytest.MonkeyPatch) -> list[Connections]:
-        """The servers' own books."""
-        made: list[Connections] = []
-
-        def make(*given: Any, **named: Any) -> Connections:
-            made.append(Connections(*given, **named))
-            return made[-1]
-
-        monkeypatch.setattr(lifecycle, "Connections", make)
-        return made
-
     @pytest.mark.parametrize("stream", [False, True])
     async def test_are_cut_off(self, stream: bool, made: list[Connections], monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer larger than the kernel's buffers, which nobody reads."""
@@ -348,3 +351,45 @@ class TestSlowReaders:
                 got += await asyncio.wait_for(client.reader.read(200), 20)
                 await asyncio.sleep(0.01)
             assert b"[DONE]" in got
+
+
+async def test_mangled_requests_leave_nothing_behind(made: list[Connections]) -> None:
+    """Pieces of good requests in any order, cut anywhere, bytes changed: no callback fails, no connection stays."""
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    draw = random.Random(7)
+    chunked = HEAD + b'Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n5\r\n{"mod\r\n0\r\nX: 1\r\n\r\n'
+    good = (
+        post(completion()),
+        post(completion(stream=True)),
+        chunked,
+        HEALTH,
+        b"\r\n",
+        HEAD,
+        b"\r\n\r\n",
+        b"0\r\n\r\n",
+    )
+
+    async def visit(server: LiveServer) -> None:
+        data = bytearray(b"".join(draw.choice(good) for _ in range(draw.randint(1, 6))))
+        for _ in range(draw.choice((0, 0, 1, 3))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        async with client_of(server) as client:
+            for start in range(0, len(data), size := draw.choice((7, 100, 10_000))):
+                if not client.writer.is_closing():
+                    client.writer.write(bytes(data[start : start + size]))
+                    await asyncio.sleep(0)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                await asyncio.wait_for(client.reader.read(1000), draw.choice((0.001, 0.1)))
+
+    async with serving(QUICK) as server:
+        for _ in range(20):
+            await asyncio.gather(*(visit(server) for _ in range(20)))
+        async with asyncio.timeout(20):
+            while made[0].num_open:
+                await asyncio.sleep(0.05)
+        await until_idle(server.engine)
+        async with client_of(server) as client:
+            await client.send(post(completion()))
+            assert text_of((await client.response())[2]) == "BCDE"
+    assert failures == []

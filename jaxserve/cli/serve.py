@@ -45,7 +45,7 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM, SIGINT or SIGHUP."""
     config = config_of(arguments)
     from jaxserve.telemetry import logging
 

@@ -24,6 +24,7 @@ variables are errors; the variables that Kubernetes sets in every pod for a Serv
 (`JAXSERVE_SERVICE_HOST`, `JAXSERVE_PORT=tcp://...`) are passed over with a warning. `JAXSERVE_CACHE` moves the cache
 directory of every command (default: `$XDG_CACHE_HOME/jaxserve`, else `~/.cache/jaxserve`). On a GPU, every command
 tells JAX to take 95 % of the memory, of which `memory_fraction` is a share; `XLA_CLIENT_MEM_FRACTION` says otherwise.
+Limits on clients, and who may use a server, are in [limits.md](limits.md).
 
     model: smollm2-135m
     port: 8000

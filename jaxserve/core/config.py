@@ -16,7 +16,7 @@ import yaml
 
 from jaxserve.core.environment import ENV_PREFIX, service_links, variables
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.setting import boolean, choice, declare, integer, names, networks, number
+from jaxserve.core.setting import boolean, choice, declare, hosts, integer, names, networks, number, origins
 
 _MIB = 1 << 20
 
@@ -122,7 +122,27 @@ class ServeConfig:
         "where requests get temperature, top_p, top_k, min_p, repetition_penalty and max_tokens that they do not give: "
         "auto takes those of the preset or of the checkpoint (generation_config.json); none takes neutral ones",
     )
-    api_key: tuple[str, ...] = declare((), names, "keys that clients must present, comma-separated; none: open to all")
+    api_key: tuple[str, ...] = declare(
+        (), names, "keys that clients must present, comma-separated; none: open to all", secret=True
+    )
+    api_key_file: Path | None = declare(
+        None, Path, "file of further keys, one a line, which no list of processes shows", none="none"
+    )
+    tls_cert: Path | None = declare(None, Path, "certificate chain (PEM) to serve HTTPS with", none="none")
+    tls_key: Path | None = declare(None, Path, "private key (PEM) of that certificate", none="none")
+    allowed_hosts: tuple[str, ...] | None = declare(
+        None,
+        hosts,
+        "hosts that requests may be for, comma-separated: names, *.names, addresses, networks, or * for all; loopback "
+        "always may (auto: only loopback when listening on loopback, all otherwise)",
+        none="auto",
+    )
+    allowed_origins: tuple[str, ...] = declare(
+        (), origins, "origins whose web pages may use the API (CORS), comma-separated, or * for all"
+    )
+    max_connections: int | None = declare(
+        None, integer(1), "most connections at once (auto: what the limit on open files allows)", none="auto"
+    )
     trusted_proxies: tuple[str, ...] = declare(
         (),
         networks,
@@ -141,7 +161,9 @@ class ServeConfig:
     step_timeout_s: float = declare(
         300.0, number(0.001, 86400), "seconds of one step after which /ready fails; /health fails after twice as many"
     )
-    drain_deadline_s: float = declare(30.0, number(0, 86400), "seconds requests in flight get to finish on SIGTERM")
+    drain_deadline_s: float = declare(
+        30.0, number(0, 86400), "seconds requests in flight get to finish when told to end"
+    )
     seed: int = declare(0, integer(0), "seed of random weights and of requests that bring none")
     cache_dir: Path | None = declare(None, Path, "where models and compiled programs are kept", none="auto")
     verify_model: bool = declare(

@@ -61,6 +61,24 @@ class PayloadTooLargeError(InvalidRequestError):
     http_status = 413
 
 
+class HeadTooLargeError(InvalidRequestError):
+    """The request line and headers together are larger than the server accepts."""
+
+    http_status = 431
+
+
+class SlowRequestError(InvalidRequestError):
+    """The request did not come within the time the server gives it."""
+
+    http_status = 408
+
+
+class MisdirectedError(InvalidRequestError):
+    """The request is for a host that the server does not answer for."""
+
+    http_status = 421
+
+
 class UnsupportedMediaTypeError(InvalidRequestError):
     """The request body is not of a content type that the server reads."""
 
@@ -100,6 +118,16 @@ class UnavailableError(JaxserveError):
     http_status = 503
     grpc_code = "UNAVAILABLE"
     kind = "service_unavailable_error"
+
+
+class OverloadedError(UnavailableError):
+    """The server has no connection or memory to spare for the request just now.
+
+    Attributes:
+        retry_after_s: Seconds after which a retry is sensible.
+    """
+
+    retry_after_s: ClassVar[int] = 1
 
 
 class EngineError(JaxserveError):

@@ -5,13 +5,17 @@ Parsers turn text, wherever it came from, into a value or raise a ValueError tha
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import ip_network
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_HOST = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 
 BOOLEAN_WORDS = MappingProxyType(
@@ -84,16 +88,53 @@ def names(text: str) -> tuple[str, ...]:
 def networks(text: str) -> tuple[str, ...]:
     """IP addresses and networks between commas, such as `127.0.0.1,10.0.0.0/8`."""
     for part in names(text):
-        ip_network(part, strict=False)
+        ipaddress.ip_network(part, strict=False)
     return names(text)
 
 
-def declare(default: object, parse: Callable[[str], object], what: str, *, none: str | None = None) -> Any:  # noqa: ANN401 - stands for any field's type
+def hosts(text: str) -> tuple[str, ...]:
+    """Hosts between commas: names, `*.example.com`, addresses, networks, or `*` for all."""
+    found = tuple(host.lower().removesuffix(".") for host in names(text))
+    if not found:
+        raise ValueError("there is no host; `*` allows all")
+    for host in found:
+        if host != "*" and not _HOST.fullmatch(host) and not _is_network(host):
+            raise ValueError(f"'{host}' is not a host name, an address or a network; leave scheme and port away")
+    return found
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Origins between commas, such as `https://example.com`, or `*` for all; as browsers write them."""
+    return tuple(_origin(origin) for origin in names(text))
+
+
+def _origin(text: str) -> str:
+    origin = text.lower().removesuffix("/")
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ValueError(f"'{text}' is not an origin such as https://example.com, nor `*`")
+    for scheme, port in (("http", ":80"), ("https", ":443")):
+        if origin.startswith(f"{scheme}://"):
+            origin = origin.removesuffix(port)
+    return origin
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text.removeprefix("[").removesuffix("]"), strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def declare(
+    default: object, parse: Callable[[str], object], what: str, *, none: str | None = None, secret: bool = False
+) -> Any:  # noqa: ANN401 - stands for any field's type
     """Declares a setting: its default, how text becomes a value, what --help says, and the word that means None.
 
-    Where text must be one of some words, --help lists them, with the one that means None.
+    Where text must be one of some words, --help lists them, with the one that means None. A secret is left out where
+    the configuration is shown.
     """
     if isinstance(parse, Choice):
         words = parse.words if none is None else (none, *parse.words)
         what = f"{what}; one of: {', '.join(words)}"
-    return field(default=default, metadata={"parse": parse, "help": what, "none": none})
+    return field(default=default, metadata={"parse": parse, "help": what, "none": none}, repr=not secret)

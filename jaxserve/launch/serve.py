@@ -14,20 +14,25 @@ from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import JaxserveError
 from jaxserve.launch.build import Model, Progress, build_engine, find_model
 from jaxserve.launch.memory import settle_heap
+from jaxserve.server.keys import read_keys
 from jaxserve.server.lifecycle import serve_app
+from jaxserve.server.limits import connection_limits, raise_open_files
 from jaxserve.server.openai.app import create_app
 from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig, CallerPolicy
+from jaxserve.server.openai.hosts import hosts_of, is_loopback
 from jaxserve.server.openai.slot import EngineSlot
+from jaxserve.server.tls import tls_context
 from jaxserve.telemetry.metrics import EngineMetrics
 from jaxserve.telemetry.tracing import exporting_tracer
 from jaxserve.text.chat import ChatTemplate
 
 _LOG = logging.getLogger(__name__)
+_OPEN_TO_ALL = "whoever reaches it can use it and spend its time; set --api-key-file (or --host 127.0.0.1)"
 
 
 def run(config: ServeConfig, progress: Progress | None = None) -> None:
-    """Serves a model until SIGTERM or SIGINT, then drains and returns.
+    """Serves a model until SIGTERM, SIGINT or SIGHUP, then drains and returns.
 
     Args:
         config: What to serve and how.
@@ -37,6 +42,12 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
         JaxserveError: The model cannot be found, loaded or served as configured.
     """
     release = version("jaxserve")
+    # What is wrong with these shows before a model is fetched.
+    keys = _keys(config)
+    tls = tls_context(config.tls_cert, config.tls_key)
+    limits = connection_limits(config.max_connections, open_files=raise_open_files())
+    if not keys and not is_loopback(config.host):
+        _LOG.warning("listening on %s without an API key: %s", config.host, _OPEN_TO_ALL)
     model = find_model(config, progress)
     _tell_sampling_defaults(model)
     registry = CollectorRegistry()
@@ -46,7 +57,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
     names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
     metrics = EngineMetrics(registry, names[0])
-    app_config = _app_config(config, model, names, release)
+    app_config = _app_config(config, model, keys, names, release)
     shares = Callers(app_config.api_keys, app_config.callers).shares
     app = create_app(
         slot,
@@ -71,17 +82,28 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
             port=config.port,
             drain_deadline_s=config.drain_deadline_s,
             start=start,
+            limits=limits,
+            tls=tls,
         )
     finally:
         if model.chat_template is not None:
             model.chat_template.close()
 
 
-def _app_config(config: ServeConfig, model: Model, names: tuple[str, ...], release: str) -> AppConfig:
+def _keys(config: ServeConfig) -> tuple[str, ...]:
+    from_file = () if config.api_key_file is None else read_keys(config.api_key_file)
+    return tuple(dict.fromkeys((*config.api_key, *from_file)))
+
+
+def _app_config(
+    config: ServeConfig, model: Model, keys: tuple[str, ...], names: tuple[str, ...], release: str
+) -> AppConfig:
     return AppConfig(
         served_model_names=names,
         version=release,
-        api_keys=config.api_key,
+        api_keys=keys,
+        allowed_hosts=hosts_of(config.allowed_hosts, listens_on=config.host),
+        allowed_origins=config.allowed_origins,
         callers=CallerPolicy(
             trusted_proxies=config.trusted_proxies,
             min_priority=config.min_priority,

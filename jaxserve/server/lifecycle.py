@@ -1,9 +1,9 @@
-"""The life of a serving process: listen, start the engine, serve, drain on SIGTERM, exit.
+"""The life of a serving process: listen, start the engine, serve, drain on a signal, exit.
 
 The socket listens before the engine exists, so that `/health` answers and `/ready` says 503 while programs compile. On
-SIGTERM or SIGINT the engine drains while the socket still listens: requests in flight are finished, new ones and
-`/ready` get a 503, which tells load balancers to go elsewhere. What is not finished within the deadline is aborted. A
-second signal aborts at once.
+SIGTERM, SIGINT or SIGHUP the engine drains while the socket still listens: requests in flight are finished, new ones
+and `/ready` get a 503, which tells load balancers to go elsewhere. What is not finished within the deadline is aborted.
+A second signal aborts at once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,9 +27,10 @@ from fastapi import FastAPI
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.engine.api import Engine
-
-KEEP_ALIVE_S = 75
-"""Idle connections are kept this long: longer than load balancers do, so that they are the ones to close."""
+from jaxserve.server.connection import Connection
+from jaxserve.server.connections import Connections
+from jaxserve.server.limits import LIMITS, ConnectionLimits
+from jaxserve.server.listener import Listener
 
 FLUSH_S = 5
 """Seconds that the engine has to abort what is left, then responses to leave, then the engine to end its last step."""
@@ -61,7 +64,35 @@ class StopSignal:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its signal handling, which would end the process by the signal it got."""
+    """Uvicorn with our connections, and without its signal handling, which would end the process by the signal it got.
+
+    Args:
+        config: Uvicorn's.
+        sock: Listening.
+        limits: What connections may take.
+        tls: Makes the connections secure.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, sock: socket.socket, limits: ConnectionLimits, tls: ssl.SSLContext | None
+    ) -> None:
+        super().__init__(config)
+        self._sock = sock
+        self._limits = limits
+        self._tls = tls
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts connections."""
+        connections = Connections(self._limits, clock=asyncio.get_running_loop().time)
+        listener = Listener(
+            self._sock,
+            lambda: Connection(self.config, self.server_state, connections),
+            connections,
+            tls=self._tls,
+        )
+        listener.start()
+        self.servers = [listener]  # type: ignore[list-item]  # it has what uvicorn uses of a server
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -100,6 +131,8 @@ def serve_app(
     port: int,
     drain_deadline_s: float = 30.0,
     start: Callable[[], None] | None = None,
+    limits: ConnectionLimits = LIMITS,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Serves until a signal comes, then drains and returns; to be called in the main thread.
 
@@ -114,6 +147,8 @@ def serve_app(
         drain_deadline_s: Seconds that requests in flight have to finish after the first signal.
         start: Makes the engine and fills the slot; it runs in a thread of its own while the server already listens, and
             what it raises ends the server and is raised again here.
+        limits: What connections may take.
+        tls: Makes the connections secure; None leaves them plain.
 
     Raises:
         ConfigError: The address cannot be listened on.
@@ -125,10 +160,10 @@ def serve_app(
     async def main() -> bool:
         stop = StopSignal()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _stop_signals():
             loop.add_signal_handler(number, stop.next)
         starting.begin(lambda: loop.call_soon_threadsafe(stop.fail))
-        return await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s)
+        return await serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s, limits=limits, tls=tls)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         has_ended = runner.run(main())
@@ -140,7 +175,14 @@ def serve_app(
 
 
 async def serve(
-    app: FastAPI, engine: Engine, sock: socket.socket, *, stop: StopSignal, drain_deadline_s: float
+    app: FastAPI,
+    engine: Engine,
+    sock: socket.socket,
+    *,
+    stop: StopSignal,
+    drain_deadline_s: float,
+    limits: ConnectionLimits = LIMITS,
+    tls: ssl.SSLContext | None = None,
 ) -> bool:
     """Serves on a socket until told to stop, then drains; the engine is closed at the end.
 
@@ -150,6 +192,8 @@ async def serve(
         sock: Listening; closed here.
         stop: Says when.
         drain_deadline_s: Seconds that requests in flight have to finish.
+        limits: What connections may take.
+        tls: Makes the connections secure; None leaves them plain.
 
     Returns:
         Whether the engine has ended; one whose last step takes too long is left behind.
@@ -163,10 +207,10 @@ async def serve(
         proxy_headers=False,  # whose headers are believed is `callers`' to decide
         log_config=None,
         log_level=logging.WARNING,  # what it tells of itself, this module tells of the server
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=math.ceil(limits.keep_alive_s),
         timeout_graceful_shutdown=FLUSH_S,
     )
-    server = _Server(config)
+    server = _Server(config, sock, limits, tls)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(stop.drain.wait())
     try:
@@ -180,6 +224,12 @@ async def serve(
         has_ended = await _close(engine)
     serving.result()
     return has_ended
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """Signals that end the server; SIGHUP does not where it is ignored, as `nohup` has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
 async def _close(engine: Engine) -> bool:

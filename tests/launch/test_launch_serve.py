@@ -21,6 +21,7 @@ from jaxserve.engine.api import Engine
 from jaxserve.launch import build, serve
 from jaxserve.launch.build import find_model
 from jaxserve.server.openai.config import AppConfig
+from jaxserve.server.openai.hosts import LOOPBACK
 from jaxserve.text.chat import ChatTemplate
 
 TEXT_DATA = Path(__file__).parents[1] / "text" / "data"
@@ -36,12 +37,14 @@ class Wired:
         template: Its chat template.
         engine: What was to be drained and closed.
         start: Makes the engine.
+        others: What else the server is told.
     """
 
     app: list[AppConfig] = field(default_factory=list)
     template: list[ChatTemplate] = field(default_factory=list)
     engine: list[Engine] = field(default_factory=list)
     start: list[Callable[[], None]] = field(default_factory=list)
+    others: list[dict[str, Any]] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -55,8 +58,9 @@ def wired(monkeypatch: pytest.MonkeyPatch) -> Wired:
         wired.template.append(template)
         return object()
 
-    def serve_app(app: object, engine: Engine, *, start: Callable[[], None], **given: object) -> None:
+    def serve_app(app: object, engine: Engine, *, start: Callable[[], None], **given: Any) -> None:
         wired.engine.append(engine)
+        wired.others.append(given)
         wired.start.append(start)
 
     monkeypatch.setattr(serve, "create_app", create_app)
@@ -229,3 +233,41 @@ def test_a_given_template_that_cannot_be_used_ends_the_start(
         find_model(replace(CONFIG, chat_template=file))
     assert caught.value.param == "chat_template"
     assert str(file) in caught.value.message
+
+
+def test_who_may_ask_reaches_the_app(wired: Wired, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("two\none\n")
+    file.chmod(0o600)
+    flags = {"model": CONFIG.model, "api_key": "one", "api_key_file": str(file), "allowed_origins": "https://a.example"}
+    serve.run(load({**flags, "allowed_hosts": "a.example", "max_connections": "10"}, environ={}))
+    [app] = wired.app
+    assert app.api_keys == ("one", "two")
+    assert app.allowed_origins == ("https://a.example",)
+    assert app.allowed_hosts == ("a.example", *LOOPBACK)
+    assert wired.others[0]["limits"].max_connections == 10
+    assert wired.others[0]["tls"] is None
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [("127.0.0.1", None, False), ("localhost", None, False), ("0.0.0.0", None, True), ("::", None, True),
+     ("0.0.0.0", "k", False)],
+)  # fmt: skip
+def test_listening_to_all_without_a_key_is_warned_of(
+    wired: Wired, caplog: pytest.LogCaptureFixture, host: str, key: str | None, warns: bool
+) -> None:
+    serve.run(load({"model": CONFIG.model, "host": host, "api_key": key}, environ={}))
+    assert [message.startswith(f"listening on {host} without an API key") for message in caplog.messages] == [
+        True
+    ] * warns
+    assert (wired.app[0].allowed_hosts is None) == (host in ("0.0.0.0", "::"))
+
+
+@pytest.mark.parametrize("setting", ["api_key_file", "tls_cert", "max_connections"])
+def test_what_cannot_be_is_said_before_a_model_is_fetched(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr(serve, "find_model", None)
+    with pytest.raises(ConfigError):
+        serve.run(load({setting: "99999999"}, environ={}))

@@ -106,11 +106,13 @@ class LiveServer:
 
 
 @asynccontextmanager
-async def live_server(app: FastAPI, engine: Engine, *, drain_deadline_s: float = 5.0) -> AsyncIterator[LiveServer]:
+async def live_server(
+    app: FastAPI, engine: Engine, *, drain_deadline_s: float = 5.0, **others: Any
+) -> AsyncIterator[LiveServer]:
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     stop = StopSignal()
-    task = asyncio.create_task(serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s))
+    task = asyncio.create_task(serve(app, engine, sock, stop=stop, drain_deadline_s=drain_deadline_s, **others))
     try:
         yield LiveServer(url=f"http://127.0.0.1:{port}", port=port, engine=engine, stop=stop, task=task)
     finally:

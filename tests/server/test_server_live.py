@@ -7,11 +7,8 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import httpx
 import openai
@@ -30,6 +27,7 @@ from server_harness import (
     make_engine,
     until_idle,
 )
+from server_process import process, until_status
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.server.lifecycle import listen
@@ -247,56 +245,9 @@ class TestDrain:
             assert time.monotonic() - start_s < 5
 
 
-PROCESS = """
-import sys, threading, time
-sys.path.insert(0, {folder!r})
-from server_harness import CHAT_TEMPLATE, make_app, make_engine
-from jaxserve.server.lifecycle import serve_app
-from jaxserve.server.openai.slot import EngineSlot
-from jaxserve.telemetry.logging import install
-
-install(as_json=True)
-slot = EngineSlot("Programs compile.")
-go = threading.Event()
-
-def start():
-    {start}
-    CHAT_TEMPLATE.check()
-    slot.fill(make_engine(step_delay_s=0.02))
-
-serve_app(make_app(slot), slot, host="127.0.0.1", port={port}, drain_deadline_s=5.0, start=start)
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextlib.contextmanager
-def process(start: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    port = free_port()
-    code = PROCESS.format(folder=str(Path(__file__).parent), start=start, port=port)
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    try:
-        yield child, f"http://127.0.0.1:{port}"
-    finally:
-        child.kill()
-        child.communicate()
-
-
-async def until_status(client: httpx.AsyncClient, path: str, status: int) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            with contextlib.suppress(httpx.ConnectError):
-                if (await client.get(path)).status_code == status:
-                    return
-            await asyncio.sleep(0.02)
-
-
 class TestProcess:
-    async def test_sigterm_drains_and_exits_with_0(self) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    async def test_signals_drain_and_exit_with_0(self, number: signal.Signals) -> None:
         with process("time.sleep(0.5)") as (child, url):
             async with httpx.AsyncClient(base_url=url) as client:
                 await until_status(client, "/ready", 503)
@@ -304,7 +255,7 @@ class TestProcess:
                 await until_status(client, "/ready", 200)
                 running = asyncio.create_task(client.post(CHAT, json=chat(max_tokens=50), timeout=30))
                 await asyncio.sleep(0.3)
-                child.send_signal(signal.SIGTERM)
+                child.send_signal(number)
                 response = await running
                 assert response.json()["choices"][0]["finish_reason"] == "length"
             assert await asyncio.to_thread(child.wait, 10) == 0
@@ -312,6 +263,14 @@ class TestProcess:
             lines = [json.loads(line) for line in child.stderr.read().splitlines()]
         assert {"time", "level", "request_id", "logger", "message"} <= set(lines[0])
         assert response.headers["x-request-id"] in {line["request_id"] for line in lines}
+
+    async def test_nohup_is_respected(self) -> None:
+        with process("", before="signal.signal(signal.SIGHUP, signal.SIG_IGN)") as (child, url):
+            async with httpx.AsyncClient(base_url=url) as client:
+                await until_status(client, "/ready", 200)
+                child.send_signal(signal.SIGHUP)
+                await asyncio.sleep(0.3)
+                assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
 
     async def test_sigterm_while_the_engine_starts(self) -> None:
         with process("time.sleep(60)") as (child, url):

@@ -57,6 +57,16 @@ class TestRequestId:
         await client.get("/health")
         assert [line.rpartition(" in ")[0] for line in caplog.messages] == ["GET /v1/models 200"]
 
+    async def test_access_line_shows_a_path_as_one_word(
+        self, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "jaxserve.access")
+        await client.get("/a%0A2026-01-01 INFO%20GET /%1b[31m%25")
+        await client.get("/" + "b" * 10_000)
+        forged, long = [line.rpartition(" in ")[0] for line in caplog.messages]
+        assert forged == "GET /a%0A2026-01-01%20INFO%20GET%20/%1B%5B31m%25 404"
+        assert long == f"GET /{'b' * 199}... 404"
+
     async def test_same_client_id_twice_at_once(self, client: httpx.AsyncClient) -> None:
         headers = {"x-request-id": "same"}
         answers = await asyncio.gather(*(client.post(CHAT, json=chat(), headers=headers) for _ in range(5)))

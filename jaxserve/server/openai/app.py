@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from opentelemetry.trace import Tracer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,7 +25,9 @@ from jaxserve.engine.api import Engine
 from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.errors import error_response, install_error_handlers
-from jaxserve.server.openai.middleware import ApiKey, BodyLimit, RequestContext
+from jaxserve.server.openai.hosts import Hosts
+from jaxserve.server.openai.intake import BodyLimit, BodyLimits
+from jaxserve.server.openai.middleware import ApiKey, RequestContext
 from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.pages import Pages
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
@@ -81,14 +84,30 @@ def create_app(
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
-    # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    if callers.ask_for_key:
-        app.add_middleware(ApiKey, callers=callers)
-    app.add_middleware(RequestContext, on_response=metrics.responded)
+    _add_layers(app, config, callers, metrics)
     for method, path, handler in _routes(service, tokens, facts, pages):
         app.add_route(path, handler, methods=[method])
     return app
+
+
+def _add_layers(app: FastAPI, config: AppConfig, callers: Callers, metrics: ServerMetrics) -> None:
+    """What each request passes before and after its route."""
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limits=BodyLimits(max_bytes=config.max_body_bytes))
+    if callers.ask_for_key:
+        app.add_middleware(ApiKey, callers=callers)
+    if config.allowed_hosts is not None:
+        app.add_middleware(Hosts, hosts=config.allowed_hosts)
+    app.add_middleware(RequestContext, on_response=metrics.responded)
+    if config.allowed_origins:
+        # Outermost: preflights bring no key, and a page may read every answer, errors included.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

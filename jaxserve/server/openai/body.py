@@ -24,6 +24,8 @@ async def read_body(request: Request) -> bytes:
     Raises:
         UnsupportedMediaTypeError: The content type is not JSON, or not given.
         PayloadTooLargeError: The body passes the limit.
+        SlowRequestError: The body does not come.
+        OverloadedError: Too many bodies are being read.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
@@ -31,7 +33,11 @@ async def read_body(request: Request) -> bytes:
             f"The content type {content_type[:100]!r} is not read here" if content_type else "No content type is given"
         )
         raise UnsupportedMediaTypeError(f"{given}; send `content-type: application/json`.", param="content-type")
-    return await request.body()
+    # `request.body()` would keep the body as long as the request lives, which may be until the last token.
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+    return bytes(data)
 
 
 def body_decoder(model: type[B], endpoint: str) -> BodyDecoder[B]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
 
@@ -57,6 +57,8 @@ class AppConfig:
         api_keys: Keys of which a request must bring one, each with its attributes as `callers.parse_line` takes them;
             none means that no key is asked for.
         callers: What callers may do.
+        allowed_hosts: Hosts that requests may be for, as `hosts.hosts_of` gives them; None for all.
+        allowed_origins: Origins whose web pages may use the API, `*` for all.
         max_body_bytes: Largest request body.
         max_n: Most sequences a prompt may ask for, by `n` or `best_of`.
         max_prompts: Most prompts a request may bring.
@@ -67,8 +69,10 @@ class AppConfig:
 
     served_model_names: tuple[str, ...]
     version: str = "0"
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     callers: CallerPolicy = CallerPolicy()
+    allowed_hosts: tuple[str, ...] | None = None
+    allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
     max_n: int = MAX_N
     max_prompts: int = MAX_PROMPTS

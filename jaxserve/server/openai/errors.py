@@ -18,6 +18,7 @@ from jaxserve.core.errors import (
     ContextLengthError,
     JaxserveError,
     NotFoundError,
+    OverloadedError,
     QueueFullError,
 )
 
@@ -39,11 +40,15 @@ def error_response(error: JaxserveError, *, headers: Mapping[str, str] | None = 
         error: What went wrong.
         headers: Further response headers.
     """
-    retry = {"retry-after": str(error.retry_after_s)} if isinstance(error, QueueFullError) else {}
     code = "model_not_found" if isinstance(error, NotFoundError) and error.param == "model" else None
     return JSONResponse(
-        error_body(error, code=code), status_code=error.http_status, headers={**retry, **(headers or {})}
+        error_body(error, code=code), status_code=error.http_status, headers={**retry_after(error), **(headers or {})}
     )
+
+
+def retry_after(error: JaxserveError) -> dict[str, str]:
+    """The header that says when to come back, for errors that pass by themselves."""
+    return {"retry-after": str(error.retry_after_s)} if isinstance(error, QueueFullError | OverloadedError) else {}
 
 
 def internal_error() -> JaxserveError:

@@ -1,8 +1,8 @@
-"""What happens to every HTTP request before and after its route: id, key, size, log line.
+"""What happens to every HTTP request before and after its route: id, key, log line.
 
-Three plain ASGI layers, outermost first: `RequestContext` gives the request its id, writes the access line and answers
-for exceptions nobody foresaw; `ApiKey` asks for a key; `BodyLimit` refuses bodies that are too large before or while
-they are read. None of them buffers anything, and streams pass through untouched.
+Plain ASGI layers, outermost first: `RequestContext` gives the request its id, writes the access line and answers for
+exceptions nobody foresaw; `ApiKey` asks for a key. Between them `hosts` may refuse the request's host, and within them
+`intake` bounds its body. None of them buffers anything, and streams pass through untouched.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.core.errors import AuthenticationError, PayloadTooLargeError
+from jaxserve.core.errors import AuthenticationError
 from jaxserve.server.openai.callers import Callers
 from jaxserve.server.openai.errors import error_response, internal_error
 from jaxserve.telemetry.logging import REQUEST_ID
@@ -25,6 +26,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/", "/docs
 """Paths that ask for no key: probes, scrapers and who opens the server in a browser have none."""
 
 _LOG = logging.getLogger("jaxserve.access")
+_SHOWN_PATH_CHARS = 200
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -61,13 +63,13 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            _LOG.exception("%s %s failed", scope["method"], scope["path"])
+            _LOG.exception("%s %s failed", scope["method"], _shown(scope["path"]))
             if not status:
                 await error_response(internal_error())(scope, receive, send_with_id)
         finally:
             level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
             seconds = time.monotonic() - start_s
-            _LOG.log(level, "%s %s %d in %.3f s", scope["method"], scope["path"], status, seconds)
+            _LOG.log(level, "%s %s %d in %.3f s", scope["method"], _shown(scope["path"]), status, seconds)
             REQUEST_ID.reset(token)
 
 
@@ -92,44 +94,12 @@ class ApiKey:
         await error_response(error, headers={"www-authenticate": "Bearer"})(scope, receive, send)
 
 
-class BodyLimit:
-    """Refuses bodies that are too large: by their declared length at once, otherwise when they pass the limit.
-
-    Args:
-        app: The next layer.
-        max_bytes: Largest body.
-    """
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await error_response(self._error())(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def receive_within_limit() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    raise self._error()
-            return message
-
-        await self._app(scope, receive_within_limit, send)
-
-    def _error(self) -> PayloadTooLargeError:
-        return PayloadTooLargeError(f"The body is larger than the {self._max_bytes} bytes allowed.", param="body")
-
-
 def _request_id(given: str | None) -> str:
     """The client's id if it is short and printable, so that it cannot forge log lines or headers."""
     return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _shown(path: str) -> str:
+    """A path for the log: one word, and not all of a long one."""
+    shown = quote(path[:_SHOWN_PATH_CHARS], safe="/:@!$&'()*+,;=~-._")
+    return shown if len(path) <= _SHOWN_PATH_CHARS else f"{shown}..."

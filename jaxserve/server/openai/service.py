@@ -26,6 +26,7 @@ from jaxserve.server.openai.config import AppConfig
 from jaxserve.server.openai.decode import BodyDecoder
 from jaxserve.server.openai.dialects import ChatDialect, CompletionDialect, Dialect
 from jaxserve.server.openai.inflight import COMPLETE, InFlight
+from jaxserve.server.openai.intake import body_is_parsed
 from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import CHAT, COMPLETIONS
 from jaxserve.server.openai.responses import EventStream, JSONText, until_disconnect
@@ -133,6 +134,8 @@ class Service:
         response_id = dialect.id_prefix + uuid.uuid4().hex
         with span.child("tokenize"):
             generation = await read(data, response_id)
+        del data
+        body_is_parsed(request.scope)
         generation = replace(generation, requests=tuple(map(caller.claim, generation.requests)))
         inflight = InFlight(
             self.engine,

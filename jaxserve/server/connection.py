@@ -62,6 +62,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         # Of the head so far; of a body, those since the last that were content (chunk sizes, trailers).
         self._num_overhead_bytes = 0
+        self._chunks = bytearray()
         self._content_left: int | None = None
         self._refused = False
         self._deadline_s: float | None = None
@@ -118,13 +119,17 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Takes a part of the body."""
         self._num_overhead_bytes = 0
-        if self._content_left is not None:
-            self._content_left -= len(body)
+        if self._content_left is None:
+            # Chunks may be of one byte, and the base class copies what it has for each part that it is given.
+            self._chunks += body
+            return
+        self._content_left -= len(body)
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is there."""
+        self._pass_chunks()
         self._in_head = True
         self._num_overhead_bytes = 0
         if self._refused:
@@ -212,10 +217,17 @@ class Connection(HttpToolsProtocol):
                 self._refuse(_too_large(self._limits.head_bytes))
                 return
             super().data_received(piece)
+            self._pass_chunks()
             if self._refused or self.transport.is_closing():
                 return
         if not self._in_head and not self.cycle.response_complete:
             self._connections.uploads(self)
+
+    def _pass_chunks(self) -> None:
+        """Hands on what a piece has brought of a chunked body."""
+        if self._chunks and not self._refused:
+            super().on_body(bytes(self._chunks))
+        self._chunks.clear()
 
     def _begin_head(self, piece: bytes) -> bytes:
         """Starts the clock of a head that is not the connection's first; returns what is to be parsed of it.

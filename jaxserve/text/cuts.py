@@ -68,7 +68,8 @@ def parts(text: str) -> Iterator[str]:
     """
     start = 0
     while start < len(text):
-        cut = _CUT.search(text, start + PART_CHARS)
+        # What has no cut for so long is refused, and looking on would take a second for a word of 8 MB.
+        cut = _CUT.search(text, start + PART_CHARS, start + PART_CHARS + MAX_UNCUT_CHARS)
         end = len(text) if cut is None else cut.start()
         yield text[start:end]
         start = end

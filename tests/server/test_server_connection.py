@@ -393,3 +393,24 @@ async def test_mangled_requests_leave_nothing_behind(made: list[Connections]) ->
             await client.send(post(completion()))
             assert text_of((await client.response())[2]) == "BCDE"
     assert failures == []
+
+
+async def test_chunks_of_one_byte_are_handed_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base class copies all it has of a body for each part it is given; a byte each would be work squared."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    sizes: list[int] = []
+    on_body = HttpToolsProtocol.on_body
+
+    def spy(self: HttpToolsProtocol, body: bytes) -> None:
+        sizes.append(len(body))
+        on_body(self, body)
+
+    monkeypatch.setattr(HttpToolsProtocol, "on_body", spy)
+    text = json.dumps(completion(user="u" * 500)).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in text) + b"0\r\n\r\n"
+    async with serving() as server, client_of(server) as client:
+        await client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert (await client.reader.readline()).startswith(b"HTTP/1.1 200")
+    assert sum(sizes) == len(text)
+    assert len(sizes) < len(text) / 20

@@ -191,7 +191,11 @@ class BackendTokenizer:
                 f"{error.start}, which no Unicode text may have."
             ) from error
         ids = self._encode(text)
-        return [*self.facts.prefix_ids, *ids, *self.facts.suffix_ids] if add_special_tokens else ids
+        if add_special_tokens:
+            # In place: there may be millions.
+            ids[:0] = self.facts.prefix_ids
+            ids.extend(self.facts.suffix_ids)
+        return ids
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of a text; see `Tokenizer.fewest_tokens`."""

@@ -24,6 +24,7 @@ from jaxserve.checkpoint.sources import CheckpointSource, load_spec, load_tokeni
 from jaxserve.core.config import ServeConfig
 from jaxserve.core.environment import cache_dir
 from jaxserve.core.errors import CheckpointError, ConfigError, InvalidRequestError, JaxserveError
+from jaxserve.core.heap import release_free_memory
 from jaxserve.core.resolution import Facts, ResolvedConfig, auto_dtype, resolve
 from jaxserve.core.types import NO_DEFAULTS, SamplingDefaults
 from jaxserve.engine.api import EngineInfo
@@ -43,7 +44,6 @@ from jaxserve.kv.manager import KVManager
 from jaxserve.kv.pool import PoolLayout, held_heads
 from jaxserve.launch.bundle import Bundle, open_bundle, read_key
 from jaxserve.launch.loading import load_and_compile
-from jaxserve.launch.memory import release_free_memory
 from jaxserve.models.costs import weight_bytes
 from jaxserve.models.decoder import Blueprint
 from jaxserve.models.spec import ModelSpec

@@ -1,21 +1,8 @@
-"""Memory between start and service: what compiling took is given back, what stays is no concern of the collector."""
+"""The heap between start and service: what stays is no concern of the garbage collector."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
-
-
-def release_free_memory() -> bool:
-    """Returns freed heap pages to the system where the C library can (glibc's `malloc_trim`); says whether it could."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except AttributeError:
-        return False
-    return bool(trim(0))
 
 
 def settle_heap() -> None:

@@ -28,8 +28,8 @@ from server_harness import (
 
 from jaxserve.core.errors import QueueFullError
 from jaxserve.engine.fake import FakeEngine
+from jaxserve.server.openai import offload, token_answers
 from jaxserve.server.openai import offload as offload_module
-from jaxserve.server.openai import token_answers
 from jaxserve.server.openai.app import create_app
 from jaxserve.server.openai.offload import Offload
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
@@ -125,11 +125,20 @@ async def test_long_answers_are_made_in_pieces_beside_the_event_loop(monkeypatch
 
 
 class TestOffload:
+    async def test_memory_of_huge_bodies_goes_back_to_the_system(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        released: list[int] = []
+        monkeypatch.setattr(offload, "release_free_memory", lambda: released.append(1))
+        work = offload.Offload()
+        assert await work.run(offload.HUGE_BYTES, lambda: "large") == "large"
+        assert await work.run(offload.HUGE_BYTES + 1, lambda: "huge") == "huge"
+        assert await work.run(offload.HUGE_BYTES + 1, lambda: "after it") == "after it"
+        assert released
+
     async def test_by_size(self) -> None:
-        offload = Offload()
+        threads = Offload()
         here = threading.current_thread().name
         names = [
-            await offload.run(size, lambda: threading.current_thread().name)
+            await threads.run(size, lambda: threading.current_thread().name)
             for size in (0, offload_module.LARGE_BYTES, offload_module.LARGE_BYTES + 1, offload_module.HUGE_BYTES + 1)
         ]
         assert names[:2] == [here, here]
@@ -137,7 +146,7 @@ class TestOffload:
         assert names[3].startswith("jaxserve-huge-body")
 
     async def test_huge_bodies_take_turns_and_hold_up_nobody_else(self) -> None:
-        offload = Offload()
+        threads = Offload()
         begun, go = threading.Event(), threading.Event()
 
         def work() -> None:
@@ -145,25 +154,25 @@ class TestOffload:
             assert go.wait(30)
 
         huge = offload_module.HUGE_BYTES + 1
-        waiting = [asyncio.create_task(offload.run(huge, work)) for _ in range(offload_module.MAX_HUGE_WAITING)]
+        waiting = [asyncio.create_task(threads.run(huge, work)) for _ in range(offload_module.MAX_HUGE_WAITING)]
         assert await asyncio.to_thread(begun.wait, 30)
         with pytest.raises(QueueFullError) as error:
-            await offload.run(huge, work)
+            await threads.run(huge, work)
         assert error.value.retry_after_s == offload_module.RETRY_AFTER_S
-        assert await offload.run(offload_module.LARGE_BYTES + 1, lambda: 5) == 5
+        assert await threads.run(offload_module.LARGE_BYTES + 1, lambda: 5) == 5
         go.set()
         await asyncio.gather(*waiting)
-        assert await offload.run(huge, lambda: 6) == 6
+        assert await threads.run(huge, lambda: 6) == 6
 
     async def test_what_work_raises_is_raised(self) -> None:
-        offload = Offload()
+        threads = Offload()
 
         def work() -> None:
             raise ValueError("no")
 
         for size in (0, offload_module.LARGE_BYTES + 1, offload_module.HUGE_BYTES + 1):
             with pytest.raises(ValueError, match="no"):
-                await offload.run(size, work)
+                await threads.run(size, work)
 
 
 async def test_too_many_huge_bodies_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

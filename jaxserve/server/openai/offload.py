@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from jaxserve.core.errors import QueueFullError, UnavailableError
+from jaxserve.core.heap import release_free_memory
 from jaxserve.text.template_pool import LARGE_BYTES as LONG_CHAT_BYTES
 
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class Offload:
             return await self._in_thread(self._huge, work)
         finally:
             self._num_huge -= 1
+            self._huge.submit(release_free_memory)
 
     def _in_time(self, work: Callable[[], T]) -> Callable[[], T]:
         deadline = time.monotonic() + self._patience_s

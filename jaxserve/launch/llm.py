@@ -140,11 +140,7 @@ class LLM:
             UnavailableError: The LLM is closed.
         """
         several = _several(prompts)
-        params = self._one_each(sampling_params, len(several))
-        pairs = [(self._encoded(prompt), each) for prompt, each in zip(several, params, strict=True)]
-        requests = [
-            Request(request_id=f"llm-{next(self._numbers)}", prompt=ids, sampling=each, n=n) for ids, each in pairs
-        ]
+        requests = self._requests([self._encoded(prompt) for prompt in several], sampling_params, n=n)
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         return self._run(texts, requests, progress=progress)
 
@@ -178,7 +174,6 @@ class LLM:
             raise InvalidRequestError("This model has no chat template; use generate with a prompt.", param="messages")
         self._require_open()
         conversations = _conversations(messages)
-        params = self._one_each(sampling_params, len(conversations))
         texts = [
             self.chat_template.render(
                 conversation,
@@ -189,20 +184,29 @@ class LLM:
             )
             for conversation in conversations
         ]
-        requests = [
-            Request(
-                request_id=f"llm-{next(self._numbers)}",
-                prompt=tuple(self.tokenizer.encode(text, add_special_tokens=False)),
-                sampling=each,
-            )
-            for text, each in zip(texts, params, strict=True)
-        ]
+        prompts = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        requests = self._requests(prompts, sampling_params)
         return self._run(texts, requests, progress=progress)
 
-    def _one_each(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams]:
-        return _one_each(self.default_sampling_params() if params is None else params, count)
+    def _requests(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        n: int = 1,
+    ) -> list[Request]:
+        each = [self._defaults_for(prompt) for prompt in prompts] if params is None else _one_each(params, len(prompts))
+        return [
+            Request(request_id=f"llm-{next(self._numbers)}", prompt=prompt, sampling=sampling, n=n)
+            for prompt, sampling in zip(prompts, each, strict=True)
+        ]
+
+    def _defaults_for(self, prompt: tuple[int, ...]) -> SamplingParams:
+        """The model's defaults; nobody asked for their max_tokens, which is bounded by what there is room for."""
+        params = self.default_sampling_params()
+        if params.max_tokens is None:
+            return params
+        return replace(params, max_tokens=max(1, min(params.max_tokens, self.engine.info.max_model_len - len(prompt))))
 
     def _encoded(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +45,8 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     release = version("jaxserve")
     # What is wrong with these shows before a model is fetched.
     keys = _keys(config)
+    policy = _policy(config)
+    shares = Callers(keys, policy).shares
     tls = tls_context(config.tls_cert, config.tls_key)
     limits = connection_limits(config.max_connections, open_files=raise_open_files())
     if not keys and not is_loopback(config.host):
@@ -57,8 +60,7 @@ def run(config: ServeConfig, progress: Progress | None = None) -> None:
     slot = EngineSlot("The engine is loading and compiling; try again in a few seconds.")
     names = tuple(dict.fromkeys((*config.served_model_name, model.name)))
     metrics = EngineMetrics(registry, names[0])
-    app_config = _app_config(config, model, keys, names, release)
-    shares = Callers(app_config.api_keys, app_config.callers).shares
+    app_config = replace(_app_config(config, model, names, release), api_keys=keys, callers=policy)
     app = create_app(
         slot,
         model.tokenizer,
@@ -95,21 +97,21 @@ def _keys(config: ServeConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*config.api_key, *from_file)))
 
 
-def _app_config(
-    config: ServeConfig, model: Model, keys: tuple[str, ...], names: tuple[str, ...], release: str
-) -> AppConfig:
+def _policy(config: ServeConfig) -> CallerPolicy:
+    return CallerPolicy(
+        trusted_proxies=config.trusted_proxies,
+        min_priority=config.min_priority,
+        max_priority=config.max_priority,
+        share_prefix_cache=config.share_prefix_cache,
+    )
+
+
+def _app_config(config: ServeConfig, model: Model, names: tuple[str, ...], release: str) -> AppConfig:
     return AppConfig(
         served_model_names=names,
         version=release,
-        api_keys=keys,
         allowed_hosts=hosts_of(config.allowed_hosts, listens_on=config.host),
         allowed_origins=config.allowed_origins,
-        callers=CallerPolicy(
-            trusted_proxies=config.trusted_proxies,
-            min_priority=config.min_priority,
-            max_priority=config.max_priority,
-            share_prefix_cache=config.share_prefix_cache,
-        ),
         max_body_bytes=config.max_body_bytes,
         request_timeout_s=config.request_timeout_s,
         sampling_defaults=model.sampling_defaults,

@@ -149,7 +149,9 @@ class _Handshake:
     def abort(self) -> None:
         """Makes the handshake fail."""
         if self._sock.fileno() >= 0:
-            self._sock.shutdown(socket.SHUT_RDWR)
+            # The client may have gone already.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def check(self, now_s: float) -> None:
         """The event loop limits the handshake's time."""

@@ -164,6 +164,8 @@ class ChatTemplate:
     def _traits_with(self, *, tools: bool, documents: bool) -> TemplateTraits:
         """What the template drops of conversations with or without tools and documents; found out once."""
         key = (tools, documents)
+        if (known := self._traits.get(key)) is not None:
+            return known
         with self._probing:
             if key not in self._traits:
                 self._traits[key] = self._probe(

@@ -27,7 +27,7 @@ from enum import Enum, auto
 from typing import Final
 
 from jaxserve.core.environment import variables
-from jaxserve.core.errors import UnavailableError
+from jaxserve.core.errors import OverloadedError, UnavailableError
 from jaxserve.text.sandbox import MAX_TEXT
 from jaxserve.text.template_worker import (
     ANSWER,
@@ -165,7 +165,7 @@ class TemplatePool:
                     return worker
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise UnavailableError(
+                    raise OverloadedError(
                         f"All processes that render chat templates have been busy for {self._patience_s:g} s; try "
                         "again later."
                     )

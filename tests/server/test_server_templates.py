@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from server_harness import CHAT, COMPLETIONS, CONFIG, TEMPLATE, TOKENIZER, chat, client_of, completion, make_engine
 
-from jaxserve.core.errors import UnavailableError
+from jaxserve.core.errors import OverloadedError
 from jaxserve.engine.fake import FakeEngine
 from jaxserve.server.openai.app import create_app
 from jaxserve.server.openai.offload import Offload
@@ -115,7 +115,7 @@ async def test_long_chats_do_not_hold_up_short_ones() -> None:
     go.set()
     ends = await asyncio.gather(*long, return_exceptions=True)
     assert ends[:2] == [True, True]
-    assert [type(end) for end in ends[2:]] == [UnavailableError] * 2
+    assert [type(end) for end in ends[2:]] == [OverloadedError] * 2
     assert await offload.run(LARGE_BYTES + 1, lambda: "long", renders=True) == "long"
 
 

@@ -26,7 +26,7 @@ FAIRNESS_HEADER = "x-llm-d-inference-fairness-id"
 
 _CALLER = "jaxserve.caller"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_BOUNDS = re.compile(r"(-?\d{1,7})\.\.(-?\d{1,7})")
+_BOUNDS = re.compile(r"(-?\d{1,6})\.\.(-?\d{1,6})")
 _WEIGHT = re.compile(r"\d{1,4}(\.\d{1,3})?")
 _ATTRIBUTES = frozenset({"name", "trusted", "priority", "weight"})
 _IPV6_HOST_BITS = 64

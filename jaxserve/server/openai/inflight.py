@@ -180,7 +180,7 @@ def _of_the_body(error: InvalidRequestError | QueueFullError, generation: Genera
         case QueueFullError(capacity=int(capacity)) if num_sequences > capacity:
             return InvalidRequestError(
                 f"prompt: {len(requests)} prompts make {num_sequences} sequences, more than the {capacity} that this "
-                "server runs and lets wait at once; send fewer prompts a request.",
+                "server runs and lets wait for one client; send fewer prompts a request.",
                 param="prompt",
             )
         case InvalidRequestError(param="n") if requests[0].n != generation.num_choices:

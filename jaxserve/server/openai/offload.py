@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from jaxserve.core.errors import QueueFullError, UnavailableError
+from jaxserve.core.errors import OverloadedError, QueueFullError
 from jaxserve.core.heap import release_free_memory
 from jaxserve.text.template_pool import LARGE_BYTES as LONG_CHAT_BYTES
 
@@ -55,6 +55,7 @@ class Offload:
         self._long_chats = ThreadPoolExecutor(_LONG_CHAT_THREADS, thread_name_prefix="jaxserve-long-chat")
         self._large = ThreadPoolExecutor(_LARGE_THREADS, thread_name_prefix="jaxserve-large-body")
         self._huge = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-huge-body")
+        self._huge_chats = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-huge-chat")
         self._num_huge = 0
 
     async def run(self, num_bytes: int, work: Callable[[], T], *, renders: bool = False) -> T:
@@ -67,10 +68,10 @@ class Offload:
 
         Raises:
             QueueFullError: Too many huge bodies are here already.
-            UnavailableError: No thread came free in time for a chat.
+            OverloadedError: No thread came free in time for a chat.
         """
         if num_bytes > HUGE_BYTES:
-            return await self._huge_in_turn(work)
+            return await self._huge_in_turn(self._in_time(work) if renders else work, renders=renders)
         if renders:
             pool = self._long_chats if num_bytes > LONG_CHAT_BYTES else self._chats
             return await self._in_thread(pool, self._in_time(work))
@@ -85,7 +86,7 @@ class Offload:
         while (piece := await self._in_thread(self._large, lambda: next(pieces, None))) is not None:
             yield piece
 
-    async def _huge_in_turn(self, work: Callable[[], T]) -> T:
+    async def _huge_in_turn(self, work: Callable[[], T], *, renders: bool) -> T:
         if self._num_huge >= MAX_HUGE_WAITING:
             raise QueueFullError(
                 f"{self._num_huge} bodies of more than {HUGE_BYTES} bytes are here already; try again later.",
@@ -93,7 +94,7 @@ class Offload:
             )
         self._num_huge += 1
         try:
-            return await self._in_thread(self._huge, work)
+            return await self._in_thread(self._huge_chats if renders else self._huge, work)
         finally:
             self._num_huge -= 1
             self._huge.submit(release_free_memory)
@@ -103,7 +104,7 @@ class Offload:
 
         def run() -> T:
             if time.monotonic() > deadline:
-                raise UnavailableError(
+                raise OverloadedError(
                     f"Other chats have kept the chat template busy for {self._patience_s:g} s; try again later."
                 )
             return work()

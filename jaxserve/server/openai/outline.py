@@ -54,7 +54,7 @@ def outline(data: bytes) -> Outline:
         if depths.size:
             num_values += int(np.count_nonzero(chars == _COMMA)) + int(np.count_nonzero(steps > 0))
             num_fields += int(np.count_nonzero((chars == _COLON) & (depths == 1)))
-            deepest = max(deepest, int(depths.max()))
+            deepest = max(deepest, int(np.max(depths)))
             depth = int(depths[-1])
     return Outline(num_values=num_values, depth=deepest, num_fields=num_fields)
 

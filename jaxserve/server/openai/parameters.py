@@ -246,19 +246,6 @@ def refuse_unsupported(endpoint: str, name: str, field: bytes) -> None:
     raise InvalidRequestError(f"{name} is not supported. {parameter.note}.", param=name)
 
 
-def note_of(endpoint: str, name: str) -> str:
-    """What the table says of an endpoint's parameter, as a sentence.
-
-    Args:
-        endpoint: The route, such as `CHAT`.
-        name: The parameter's.
-
-    Raises:
-        KeyError: The table has no such parameter.
-    """
-    return f"{_BY_NAME[endpoint, name].note}."
-
-
 def markdown() -> str:
     """The page `docs/parameters.md`."""
     lines = [

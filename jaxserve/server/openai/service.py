@@ -89,6 +89,7 @@ class Service:
 
     async def _render(self, request: Request, read: Reader) -> list[tuple[int, ...]]:
         generation = await read(await read_body(request), "")
+        body_is_parsed(request.scope)
         return [each.prompt for each in generation.requests]
 
     async def _read_chat(self, data: bytes, response_id: str) -> Generation:

@@ -13,6 +13,7 @@ from jaxserve.engine.api import Engine
 from jaxserve.server.openai.body import body_decoder, read_body
 from jaxserve.server.openai.decode import BodyDecoder
 from jaxserve.server.openai.encoding import encode
+from jaxserve.server.openai.intake import body_is_parsed
 from jaxserve.server.openai.offload import Offload
 from jaxserve.server.openai.parameters import DETOKENIZE, TOKENIZE
 from jaxserve.server.openai.schema import DetokenizeBody, TokenizeBody
@@ -41,7 +42,11 @@ class TokenRoutes:
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
         data = await read_body(request)
-        token_ids, with_texts = await self.offload.run(len(data), lambda: self._tokenize(data), renders=True)
+        token_ids, with_texts = await self.offload.run(
+            len(data), lambda: self._tokenize(data), renders=b'"messages"' in data
+        )
+        del data
+        body_is_parsed(request.scope)
         max_model_len = self.engine.info.max_model_len
         pieces = tokenized_json(token_ids, max_model_len, self.translator.tokenizer, with_texts=with_texts)
         return await pieces_response(self.offload, len(token_ids), pieces)
@@ -50,6 +55,8 @@ class TokenRoutes:
         """`POST /detokenize`."""
         data = await read_body(request)
         token_ids = await self.offload.run(len(data), lambda: self._detokenize(data))
+        del data
+        body_is_parsed(request.scope)
         return await pieces_response(
             self.offload, len(token_ids), detokenized_json(token_ids, self.translator.tokenizer)
         )

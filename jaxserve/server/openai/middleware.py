@@ -1,8 +1,9 @@
 """What happens to every HTTP request before and after its route: id, key, log line.
 
 Plain ASGI layers, within that of CORS if there is one, outermost first: `RequestContext` gives the request its id,
-writes the access line and answers for exceptions nobody foresaw; `ApiKey` asks for a key. Between them `hosts` may refuse the request's host, and within them
-`intake` bounds its body. None of them buffers anything, and streams pass through untouched.
+writes the access line and answers for exceptions nobody foresaw; `ApiKey` asks for a key. Between them `hosts` may
+refuse the request's host, and within them `intake` bounds its body. None of them buffers anything, and streams pass
+through untouched.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import httpx
 PROCESS = """
 import resource, signal, sys, threading, time
 from pathlib import Path
+# Whoever runs the tests under nohup has it ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 {before}
 sys.path.insert(0, {folder!r})
 from server_harness import CHAT_TEMPLATE, make_app, make_engine
